@@ -1,0 +1,93 @@
+"""The MV-Split merge and the norm after it, with the backward derived by hand (paper eq. 7–10).
+
+Shapes: B batch, T tokens, D width, S segments.
+
+    Z  = X + β⊙P F + α⊙J(F − X)        X' = RMSNorm(Z)                      (eq. 7)
+
+J takes the mean of each segment, P = I − J. With r the reciprocal root mean square of Z, g the gradient of X',
+Δ = r·g − Z·(r³/D)·⟨g, Z⟩ per token and Δ̄ its segment mean:
+
+    dX = Δ − α⊙Δ̄     dF = β⊙Δ + (α − β)⊙Δ̄     dα = Σ Δ⊙(F̄ − X̄)     dβ = Σ Δ⊙(F − F̄)
+
+`merge_norm_reference` is what `MergeNorm` must equal; the tests hold them together in float64.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Segments = tuple[int, ...]
+"""Lengths of the consecutive token segments, e.g. (image tokens, context tokens); they add up to T."""
+
+
+def segment_mean(x: Tensor, segments: Segments) -> Tensor:
+    """Mean of each segment's tokens: (B, T, D) → (B, S, D). An empty segment's mean is zero."""
+    return torch.stack([s.mean(1) if s.shape[1] else s.sum(1) for s in x.split(segments, dim=1)], dim=1)
+
+
+def spread(means: Tensor, segments: Segments) -> Tensor:
+    """Give every token its segment's row: (B, S, D) → (B, T, D). With `segment_mean` before it, this is J."""
+    return torch.cat([means[:, i : i + 1].expand(-1, n, -1) for i, n in enumerate(segments)], dim=1)
+
+
+def merge_norm_reference(
+    x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments, eps: float
+) -> Tensor:
+    """RMSNorm(merge(x, update)) as eq. 7 is written, differentiated by autograd."""
+    mean_update = spread(segment_mean(update, segments), segments)  # J F
+    mean_x = spread(segment_mean(x, segments), segments)  # J X
+    z = x + beta * (update - mean_update) + alpha * (mean_update - mean_x)
+    return F.rms_norm(z, (z.shape[-1],), eps=eps)
+
+
+class MergeNorm(torch.autograd.Function):
+    """`merge_norm_reference` with the closed-form backward: fewer passes over memory and fewer kept tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments, eps: float
+    ) -> Tensor:
+        mean_update, mean_x = segment_mean(update, segments), segment_mean(x, segments)  # (B, S, D)
+        row = (alpha - beta) * mean_update - alpha * mean_x
+        z = x + beta * update
+        for part, shift in zip(z.split(segments, dim=1), row.unbind(1), strict=True):
+            part += shift[:, None]
+        r = (z.square().mean(-1, keepdim=True) + eps).rsqrt()  # (B, T, 1)
+        ctx.save_for_backward(z, r, update, mean_update, mean_x, alpha, beta)
+        ctx.segments, ctx.x_dtype = segments, x.dtype
+        return z * r
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        z, r, update, mean_update, mean_x, alpha, beta = ctx.saved_tensors
+        segments = ctx.segments
+        inner = (g * z).mean(-1, keepdim=True)  # ⟨g, Z⟩/D
+        delta = r * g - z * (r**3 * inner)
+        mean_delta = segment_mean(delta, segments)  # (B, S, D)
+        length = mean_delta.new_tensor(segments)[:, None]  # (S, 1): tokens per segment
+        d_x = delta.clone()
+        d_update = beta * delta
+        shift_x, shift_update = -alpha * mean_delta, (alpha - beta) * mean_delta
+        for i, (part_x, part_u) in enumerate(zip(d_x.split(segments, 1), d_update.split(segments, 1), strict=True)):
+            part_x += shift_x[:, i, None]
+            part_u += shift_update[:, i, None]
+        d_alpha = (length * mean_delta * (mean_update - mean_x)).sum((0, 1))
+        d_beta = (delta * update).sum((0, 1)) - (length * mean_delta * mean_update).sum((0, 1))
+        return d_x.to(ctx.x_dtype), d_update.to(update.dtype), d_alpha.to(alpha.dtype), d_beta.to(beta.dtype), None, None
+
+
+def merge_norm(x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments, eps: float) -> Tensor:
+    """RMSNorm(X + β⊙P F + α⊙J(F − X)).
+
+    Args:
+        x, update: (B, T, D). alpha, beta: (D,). segments: lengths adding up to T. eps: the norm's ε.
+
+    Returns:
+        (B, T, D), in the type that x, update and the gains promote to.
+    """
+    out: Tensor = MergeNorm.apply(x, update, alpha, beta, segments, eps)
+    return out

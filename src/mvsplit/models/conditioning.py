@@ -1,0 +1,137 @@
+"""Context tokens: what the network is conditioned on, and what stands for "nothing" in guidance.
+
+Shapes: B batch, S context tokens, D width, W embedding width (of a text encoder, say).
+
+Every context module offers the same three things: `num_tokens`; `forward(condition) -> (B, S, D)`; and
+`drop(condition, mask) -> condition`, which replaces the masked samples' condition by the null condition.
+Label dropout in training and the unguided branch in sampling are both `drop`.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from mvsplit.models.layers import Linear
+
+
+class Context(Protocol):
+    """What the DiT asks of a context module."""
+
+    num_tokens: int
+
+    def __call__(self, condition: Tensor) -> Tensor: ...
+
+    def drop(self, condition: Tensor, mask: Tensor) -> Tensor: ...
+
+
+def _drop_labels(labels: Tensor, mask: Tensor, null_class: int) -> Tensor:
+    return torch.where(mask, torch.full_like(labels, null_class), labels)
+
+
+class ClassTokens(nn.Module):
+    """Learned context tokens per class, plus one null class (index `num_classes`).
+
+    Args:
+        width: D. num_classes: classes without the null class. num_tokens: S.
+    """
+
+    def __init__(self, width: int, num_classes: PositiveInt, num_tokens: PositiveInt = 4) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.null_class = num_classes
+        # Unit scale: the context is RMS-normalised on entry, so only its direction counts. Three-dimensional, so
+        # weight decay, meant for matrices, leaves it alone.
+        self.table = nn.Parameter(torch.randn(num_classes + 1, num_tokens, width))
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """condition: (B,) class indices, `null_class` for none. Returns (B, S, D)."""
+        return self.table[condition]
+
+    def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """Replace the classes where mask (B,) is true by the null class."""
+        return _drop_labels(condition, mask, self.null_class)
+
+
+class CaptionTable(nn.Module):
+    """A fixed table of caption embeddings, one row per class and a last row for the null caption.
+
+    Args:
+        width: D. embeddings: (num_classes + 1, S, W) tensor, or a path to a safetensors file holding it under
+            the key `embeddings`. The table is a buffer: saved with the weights, never trained.
+
+    Raises:
+        ValueError: if the file or tensor does not hold a three-dimensional table.
+    """
+
+    def __init__(self, width: int, embeddings: Tensor | str | Path) -> None:
+        super().__init__()
+        if not isinstance(embeddings, Tensor):
+            embeddings = _load_embeddings(Path(embeddings))
+        if embeddings.ndim != 3:
+            raise ValueError(f"caption table of shape {tuple(embeddings.shape)}: (classes + 1, tokens, width) is needed")
+        self.num_tokens = embeddings.shape[1]
+        self.null_class = embeddings.shape[0] - 1
+        self.register_buffer("table", embeddings.float())
+        self.proj = context_projection(embeddings.shape[2], width)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """condition: (B,) class indices, `null_class` for none. Returns (B, S, D)."""
+        return self.proj(self.table[condition])
+
+    def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """Replace the classes where mask (B,) is true by the null caption."""
+        return _drop_labels(condition, mask, self.null_class)
+
+
+class SampleEmbeddings(nn.Module):
+    """Per-sample embeddings that come with the batch (the paper: Qwen3-0.6B states, S = 256, W = 1024).
+
+    Args:
+        width: D. embedding_width: W; 0 means D. num_tokens: S. null_embedding: safetensors file with the key
+            `embeddings`, (S, W): the encoded empty caption. Without one, zeros stand for "no caption".
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_tokens: PositiveInt = 256,
+        embedding_width: NonNegativeInt = 0,
+        null_embedding: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        embedding_width = embedding_width or width
+        null = torch.zeros(num_tokens, embedding_width)
+        if null_embedding is not None:
+            null = _load_embeddings(Path(null_embedding)).float()
+            if null.shape != (num_tokens, embedding_width):
+                raise ValueError(f"null_embedding has shape {tuple(null.shape)}, not ({num_tokens}, {embedding_width})")
+        self.register_buffer("null", null)
+        self.proj = context_projection(embedding_width, width)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """condition: (B, S, W). Returns (B, S, D)."""
+        return self.proj(condition)
+
+    def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """Replace the embeddings where mask (B,) is true by the null embedding."""
+        return torch.where(mask[:, None, None], self.null.to(condition.dtype), condition)
+
+
+def context_projection(embedding_width: int, width: int) -> nn.Module:
+    """The reference layout's `context_proj`: it has no weight when the widths agree."""
+    return nn.Identity() if embedding_width == width else Linear(embedding_width, width)
+
+
+def _load_embeddings(path: Path) -> Tensor:
+    from safetensors.torch import load_file  # tensors only: nothing in the file can run
+
+    if not path.is_file():
+        raise ValueError(f"embeddings file {path} does not exist")
+    tensors = load_file(path)
+    if "embeddings" not in tensors:
+        raise ValueError(f"{path} has no tensor named 'embeddings', only {', '.join(sorted(tensors)) or 'none'}")
+    return tensors["embeddings"]

@@ -1,0 +1,157 @@
+"""The paper's single-stream diffusion transformer.
+
+Shapes: B batch, C channels, P patch size, I image tokens, S context tokens, T = I + S tokens, D width.
+
+Image and context tokens run through the same blocks, each block an attention and a SwiGLU branch joined to the
+trunk by a residual (`models/residuals.py`). There is neither AdaLN nor a timestep embedding: the network infers t
+from its input (paper: a linear probe on the image-token mean predicts t with R² ≈ 0.998).
+"""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Len
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mvsplit.kernels.merge_norm import Segments
+from mvsplit.models.attention import Attention
+from mvsplit.models.conditioning import Context
+from mvsplit.models.layers import Linear, SwiGLU, rms_norm
+from mvsplit.models.residuals import Residual
+from mvsplit.models.rope import rope_table
+
+ResidualFactory = Callable[..., Residual]
+"""Called as `factory(width=…, depth=…, branch=…)` for each of a block's two merges."""
+
+
+def patchify(image: Tensor, patch: int) -> Tensor:
+    """(B, C, rows·P, columns·P) → (B, rows·columns, P·P·C): raster order, channels fastest (reference layout)."""
+    B, C, height, width = image.shape
+    x = image.reshape(B, C, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
+
+
+def unpatchify(tokens: Tensor, patch: int, rows: int, columns: int) -> Tensor:
+    """Inverse of `patchify`."""
+    B, C = tokens.shape[0], tokens.shape[2] // patch**2
+    x = tokens.reshape(B, rows, columns, patch, patch, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, rows * patch, columns * patch)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each merged into the trunk by its own residual: two merges per block."""
+
+    def __init__(
+        self, width: int, depth: int, num_heads: int, hidden: int, residual: ResidualFactory, qk_eps: float
+    ) -> None:
+        super().__init__()
+        self.residual1 = residual(width=width, depth=depth, branch="attention")
+        self.residual2 = residual(width=width, depth=depth, branch="ffn")
+        self.attention = Attention(width, num_heads, qk_eps, writer_std=self.residual1.writer_std(width))
+        self.ffn = SwiGLU(width, hidden, writer_std=self.residual2.writer_std(hidden))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        """x: (B, T, D). Returns (B, T, D)."""
+        x = self.residual1(x, self.attention(self.residual1.branch_input(x), cos, sin), segments)
+        return self.residual2(x, self.ffn(self.residual2.branch_input(x)), segments)
+
+
+class DiT(nn.Module):
+    """Predicts the velocity x0 − x1 at z_t.
+
+    Args:
+        image_size: [height, width] in pixels (or latent cells).
+        channels: C, of the image or latent.
+        patch_size: P; must divide both sides of the image.
+        depth: blocks. width: D. num_heads: H, with D/H divisible by 4 (two-dimensional RoPE).
+        hidden: inner width of the SwiGLU branch; 0 means 3·D (paper: 3072 at D = 1024).
+        context: makes the context module from `width`, e.g. `functools.partial(ClassTokens, num_classes=10)`.
+        residual: makes a residual from `width`, `depth` and `branch`.
+        rope_theta: base of the rotary frequencies. eps: ε of the input norms. qk_eps: ε of the QK-norm.
+        checkpoint_every: keep activations only at every k-th block's input and recompute the rest in the backward
+            pass; 0 keeps everything.
+
+    Raises:
+        ValueError: naming the key, for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        image_size: Annotated[list[PositiveInt], Len(2, 2)],
+        channels: PositiveInt,
+        patch_size: PositiveInt,
+        depth: PositiveInt,
+        width: PositiveInt,
+        num_heads: PositiveInt,
+        context: Callable[..., Context],
+        residual: ResidualFactory,
+        hidden: NonNegativeInt = 0,
+        rope_theta: Annotated[float, Ge(1)] = 10000.0,
+        eps: PositiveFloat = 1e-6,
+        qk_eps: PositiveFloat = 1e-6,
+        checkpoint_every: NonNegativeInt = 0,
+    ) -> None:
+        self.check(image_size, patch_size, width, num_heads)
+        super().__init__()
+        self.patch_size, self.channels, self.eps, self.checkpoint_every = patch_size, channels, eps, checkpoint_every
+        self.rows, self.columns = image_size[0] // patch_size, image_size[1] // patch_size
+        patch_dim = patch_size**2 * channels
+        self.context = context(width=width)
+        self.segments: Segments = (self.rows * self.columns, self.context.num_tokens)
+        self.patch_proj = Linear(patch_dim, width, bias=True)
+        self.blocks = nn.ModuleList(
+            Block(width, depth, num_heads, hidden or 3 * width, residual, qk_eps) for _ in range(depth)
+        )
+        self.normalise_output = not self.blocks[-1].residual2.normalises_output
+        # Not stated in the paper: we start from a zero velocity, as diffusion transformers commonly do.
+        self.final_proj = Linear(width, patch_dim, bias=True, std=0)
+        cos, sin = rope_table(self.rows, self.columns, width // num_heads, rope_theta)
+        self.register_buffer("cos", cos, persistent=False)  # (I, D/H/2)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @staticmethod
+    def check(image_size: list[int], patch_size: int, width: int, num_heads: int) -> None:
+        """Raise `ValueError` for sizes that do not fit; called on the composed config before anything is built."""
+        for side in image_size:
+            if side % patch_size:
+                raise ValueError(f"model.patch_size = {patch_size}: must divide the image size {list(image_size)}")
+        if width % num_heads:
+            raise ValueError(f"model.width = {width}: must be divisible by model.num_heads = {num_heads}")
+        if width // num_heads % 4:
+            raise ValueError(
+                f"model.num_heads = {num_heads}: width / num_heads = {width // num_heads} must be divisible by 4 for RoPE"
+            )
+
+    def forward(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Velocity at z.
+
+        Args:
+            z: (B, C, height, width). t: (B,) times; not used by this network, part of the interface for others.
+            condition: what the context module takes: (B,) classes or (B, S, W) embeddings.
+
+        Returns:
+            (B, C, height, width).
+        """
+        image = rms_norm(self.patch_proj(patchify(z, self.patch_size)), self.eps)  # (B, I, D)
+        context = rms_norm(self.context(condition), self.eps).to(image.dtype)  # (B, S, D)
+        x = torch.cat([image, context], dim=1)  # (B, T, D)
+        x = self._run_blocks(x)[:, : self.segments[0]]  # (B, I, D)
+        if self.normalise_output:
+            x = rms_norm(x, self.eps)
+        return unpatchify(self.final_proj(x), self.patch_size, self.rows, self.columns)
+
+    def _run_blocks(self, x: Tensor) -> Tensor:
+        def run(x: Tensor, first: int, last: int) -> Tensor:
+            for block in self.blocks[first:last]:
+                x = block(x, self.cos, self.sin, self.segments)
+            return x
+
+        k, depth = self.checkpoint_every, len(self.blocks)
+        if not k or not torch.is_grad_enabled():
+            return run(x, 0, depth)
+        for first in range(0, depth, k):
+            x = checkpoint(run, x, first, min(first + k, depth), use_reentrant=False)
+        return x

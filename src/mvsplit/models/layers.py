@@ -1,0 +1,55 @@
+"""Layers that initialise their own weights.
+
+Shapes: B batch, T tokens, D width, F feed-forward hidden width.
+
+Each module draws its parameters in its own constructor and no parent rewrites them later: under DeepSpeed's
+partitioned construction a parameter is split up as soon as its owner's `__init__` returns, and a parent's
+write would reach an empty tensor.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last dimension, without weights (paper: all norms of the network)."""
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+
+
+class Linear(nn.Linear):
+    """Linear map whose weight is drawn from N(0, std²); biases start at zero.
+
+    Args:
+        std: standard deviation of the initial weight; None means 1/√in_features, 0 gives exact zeros.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, std: float | None = None) -> None:
+        self.init_std = in_features**-0.5 if std is None else std  # read by reset_parameters, which super() calls
+        super().__init__(in_features, out_features, bias=bias)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.init_std == 0:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=self.init_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward: W₂(silu(gate) ⊙ value), gate and value packed in one matrix (gate rows first).
+
+    Args:
+        width: D. hidden: F. writer_std: initial standard deviation of the writer W₂ (see `Residual.writer_std`).
+    """
+
+    def __init__(self, width: int, hidden: int, writer_std: float | None = None) -> None:
+        super().__init__()
+        self.w13 = Linear(width, 2 * hidden)
+        self.w2 = Linear(hidden, width, std=writer_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w13(x).chunk(2, dim=-1)  # (B, T, F) each
+        return self.w2(F.silu(gate) * value)  # (B, T, D)
