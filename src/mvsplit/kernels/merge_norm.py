@@ -33,13 +33,18 @@ def spread(means: Tensor, segments: Segments) -> Tensor:
     return torch.cat([means[:, i : i + 1].expand(-1, n, -1) for i, n in enumerate(segments)], dim=1)
 
 
+def merge_reference(x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments) -> Tensor:
+    """Z of eq. 7 as it is written."""
+    mean_update = spread(segment_mean(update, segments), segments)  # J F
+    mean_x = spread(segment_mean(x, segments), segments)  # J X
+    return x + beta * (update - mean_update) + alpha * (mean_update - mean_x)
+
+
 def merge_norm_reference(
     x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments, eps: float
 ) -> Tensor:
-    """RMSNorm(merge(x, update)) as eq. 7 is written, differentiated by autograd."""
-    mean_update = spread(segment_mean(update, segments), segments)  # J F
-    mean_x = spread(segment_mean(x, segments), segments)  # J X
-    z = x + beta * (update - mean_update) + alpha * (mean_update - mean_x)
+    """RMSNorm(Z), differentiated by autograd."""
+    z = merge_reference(x, update, alpha, beta, segments)
     return F.rms_norm(z, (z.shape[-1],), eps=eps)
 
 

@@ -98,6 +98,7 @@ class DiT(nn.Module):
         super().__init__()
         self.patch_size, self.channels, self.eps, self.checkpoint_every = patch_size, channels, eps, checkpoint_every
         self.rows, self.columns = image_size[0] // patch_size, image_size[1] // patch_size
+        self.input_shape = (channels, *image_size)
         patch_dim = patch_size**2 * channels
         self.context = context(width=width)
         self.segments: Segments = (self.rows * self.columns, self.context.num_tokens)
@@ -142,6 +143,10 @@ class DiT(nn.Module):
         if self.normalise_output:
             x = rms_norm(x, self.eps)
         return unpatchify(self.final_proj(x), self.patch_size, self.rows, self.columns)
+
+    def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """The condition, with the samples where mask (B,) is true unconditioned."""
+        return self.context.drop(condition, mask)
 
     def _run_blocks(self, x: Tensor) -> Tensor:
         def run(x: Tensor, first: int, last: int) -> Tensor:

@@ -7,20 +7,22 @@ any of them can be tried in any transformer. `segments` are the lengths of conse
 context tokens); residuals that do not look at token means ignore them. Notation: J is the token mean of each
 segment, P = I − J, RMSNorm has no weights, ⊙ is per channel.
 
+A subclass takes the base's arguments too (`**common`).
+
 Each residual also says how the branch's last matrix (its "writer": W_O, W_2) starts:
 
     zero      the branch adds nothing at first        normal    N(0, 0.02²), the paper's LayerScale runs
     standard  N(0, 1/fan_in)                          deepnorm  standard × (8·depth)^(−1/4)
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt, Lt
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from mvsplit.kernels.merge_norm import Segments, merge_norm, segment_mean, spread
+from mvsplit.kernels.merge_norm import Segments, merge_norm, merge_reference, segment_mean, spread
 from mvsplit.models.layers import rms_norm
 
 WriterInit = Literal["zero", "normal", "standard", "deepnorm"]
@@ -110,15 +112,8 @@ class ReZero(Residual):
     default_writer_init = "standard"
     normalises_output = False
 
-    def __init__(
-        self,
-        width: PositiveInt,
-        depth: PositiveInt = 1,
-        branch: Branch = "attention",
-        writer_init: WriterInit | None = None,
-        eps: PositiveFloat = 1e-6,
-    ) -> None:
-        super().__init__(width, depth, branch, writer_init, eps)
+    def __init__(self, width: PositiveInt, **common: Any) -> None:
+        super().__init__(width, **common)
         self.scale = nn.Parameter(torch.zeros(1))
 
     def merge(self, x: Tensor, update: Tensor, segments: Segments) -> Tensor:
@@ -146,13 +141,11 @@ class LayerScale(Residual):
     def __init__(
         self,
         width: PositiveInt,
-        depth: PositiveInt = 1,
-        branch: Branch = "attention",
-        writer_init: WriterInit | None = None,
-        eps: PositiveFloat = 1e-6,
+        *,
         lambda_init: Gain = 1e-2,
+        **common: Any,
     ) -> None:
-        super().__init__(width, depth, branch, writer_init, eps)
+        super().__init__(width, **common)
         self.scale = self.gain(lambda_init)
 
     def merge(self, x: Tensor, update: Tensor, segments: Segments) -> Tensor:
@@ -179,19 +172,17 @@ class MVSplit(Residual):
     def __init__(
         self,
         width: PositiveInt,
-        depth: PositiveInt = 1,
-        branch: Branch = "attention",
-        writer_init: WriterInit | None = None,
-        eps: PositiveFloat = 1e-6,
+        *,
         alpha_init: Gain = 0.0,
         beta_init: Gain = "auto",
         segment_means: bool = True,
         mean_update: Literal["leaky", "plain", "none"] = "leaky",
         attention_only: bool = False,
+        **common: Any,
     ) -> None:
-        super().__init__(width, depth, branch, writer_init, eps)
+        super().__init__(width, **common)
         self.segment_means, self.mean_update = segment_means, mean_update
-        self.split = branch == "attention" or not attention_only
+        self.split = self.branch == "attention" or not attention_only
         if self.split:
             self.beta = self.gain(beta_init)
             if mean_update != "none":
@@ -204,13 +195,11 @@ class MVSplit(Residual):
         if not self.split:
             return x + update
         segments = self._means_over(x, segments)
+        if self.mean_update == "leaky":
+            return merge_reference(x, update, self.alpha, self.beta, segments)
         mean_update = spread(segment_mean(update, segments), segments)  # JF
         z = x + self.beta * (update - mean_update)
-        if self.mean_update == "leaky":
-            z = z + self.alpha * (mean_update - spread(segment_mean(x, segments), segments))
-        elif self.mean_update == "plain":
-            z = z + self.alpha * mean_update
-        return z
+        return z + self.alpha * mean_update if self.mean_update == "plain" else z
 
     def forward(self, x: Tensor, update: Tensor, segments: Segments) -> Tensor:
         if self.split and self.mean_update == "leaky":  # the paper's form has a fused kernel
@@ -237,15 +226,13 @@ class ChannelSplit(Residual):
     def __init__(
         self,
         width: PositiveInt,
-        depth: PositiveInt = 1,
-        branch: Branch = "attention",
-        writer_init: WriterInit | None = None,
-        eps: PositiveFloat = 1e-6,
+        *,
         mean_fraction: Annotated[float, Gt(0), Lt(1)] = 0.5,
         alpha_init: Gain = "auto",
         beta_init: Gain = "auto",
+        **common: Any,
     ) -> None:
-        super().__init__(width, depth, branch, writer_init, eps)
+        super().__init__(width, **common)
         self.num_mean = round(mean_fraction * width)
         if not 0 < self.num_mean < width:
             raise ValueError(f"residual.mean_fraction = {mean_fraction}: leaves a group of the {width} channels empty")

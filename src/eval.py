@@ -1,0 +1,76 @@
+"""Judge a checkpoint: `python src/eval.py [ckpt_path=…] [weights=raw] [sampler.cfg_scale=1]`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from omegaconf import DictConfig
+from pydantic import NonNegativeInt, PositiveInt
+
+from mvsplit.data.datamodule import ShardDataModule
+from mvsplit.evaluation.pictures import draw
+from mvsplit.evaluation.recognition import MAX_SAMPLES, Recogniser
+from mvsplit.training.checkpoints import SavedRun
+from mvsplit.training.run import TrainConfig
+from mvsplit.utils import entry
+from mvsplit.utils.config import build, check_config, to_plain
+from mvsplit.utils.console import say, show_table
+from mvsplit.utils.runs import find_checkpoint
+
+
+@dataclass
+class EvalConfig:
+    """Top-level keys of `eval.yaml`."""
+
+    task_name: str
+    ckpt_path: str
+    weights: Literal["ema", "raw"]
+    seed: NonNegativeInt
+    num_samples: NonNegativeInt
+    batch_size: PositiveInt
+    sampler: dict[str, Any]
+    paths: dict[str, Any]
+
+
+def evaluate(cfg: DictConfig) -> dict[str, float]:
+    """Validation loss, and for small data sets the share of guided pictures that a classifier recognises as asked."""
+    config = to_plain(cfg)
+    check_config(config, EvalConfig)
+    path = find_checkpoint(config["ckpt_path"], config["paths"]["log_dir"])
+    saved = SavedRun(path, config["weights"], TrainConfig)
+    datamodule: ShardDataModule = build(saved.config["data"])
+    metrics = validation_loss(saved, datamodule)
+
+    train, val = datamodule.reader("train"), datamodule.reader("val")
+    if config["num_samples"] and len(train) > MAX_SAMPLES:
+        say(f"{len(train)} training pictures are too many for the classifier ({MAX_SAMPLES}): no recognition measured")
+    elif config["num_samples"]:
+        recogniser = Recogniser.fit(train, val)
+        classes = [i % datamodule.num_classes for i in range(config["num_samples"])]
+        pictures = draw(saved, build(config["sampler"]), classes, config["seed"], config["batch_size"])
+        metrics["eval/recognised"] = recogniser.share(pictures, classes)
+        metrics["eval/classifier_accuracy"] = recogniser.accuracy
+
+    file = Path(config["paths"]["output_dir"]) / "metrics.json"
+    about = {"checkpoint": str(path.resolve()), "step": saved.step, "weights": config["weights"]}
+    file.write_text(json.dumps(about | metrics, indent=2))
+    rows = {name: str(value) for name, value in about.items()} | {k: f"{v:.4f}" for k, v in metrics.items()}
+    show_table("evaluation", rows | {"written to": str(file)})
+    return metrics
+
+
+def validation_loss(saved: SavedRun, datamodule: ShardDataModule) -> dict[str, float]:
+    """The run's own validation loss, with the weights at hand."""
+    module = build(saved.config["module"])
+    module.network = saved.network
+    trainer = L.Trainer(
+        accelerator="auto", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.validate(module, datamodule=datamodule, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+if __name__ == "__main__":
+    entry.run(evaluate, "eval.yaml")

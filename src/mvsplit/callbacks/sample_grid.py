@@ -1,0 +1,54 @@
+"""Pictures drawn at each validation, so that one sees what the network has learnt."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from pydantic import PositiveInt
+
+from mvsplit.utils.images import picture_grid, save_png
+
+
+class SampleGrid(Callback):
+    """Draws a grid, a column per class, with the averaged weights: a PNG per validation and `sample/grid` in the log.
+
+    The noise of a place in the grid never changes, so grids of different steps show the same pictures grow.
+
+    Args:
+        folder: where `step_<step>.png` goes. num_classes: classes of the data. columns: classes shown, spread evenly
+            over all. rows: pictures per class. batch_size: pictures drawn at once.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        num_classes: PositiveInt,
+        columns: PositiveInt = 10,
+        rows: PositiveInt = 4,
+        batch_size: PositiveInt = 64,
+    ) -> None:
+        self.folder = Path(folder)
+        columns = min(columns, num_classes)
+        classes = torch.arange(columns) * num_classes // columns
+        self.classes, self.columns, self.batch_size = classes.repeat(rows), columns, batch_size
+        self.latest: Path | None = None
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        index = torch.arange(len(self.classes))
+        pictures = [
+            module.sample(labels, numbers).cpu()
+            for labels, numbers in zip(
+                self.classes.split(self.batch_size), index.split(self.batch_size), strict=True
+            )
+        ]
+        if not trainer.is_global_zero:
+            return  # the others took part, for strategies that share the weights out
+        grid = picture_grid(torch.cat(pictures), self.columns)
+        self.latest = save_png(grid, self.folder / f"step_{trainer.global_step:08d}.png")
+        for logger in trainer.loggers:
+            experiment: Any = logger.experiment
+            if hasattr(experiment, "add_image"):
+                experiment.add_image("sample/grid", grid, trainer.global_step)

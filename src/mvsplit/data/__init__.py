@@ -1,0 +1,1 @@
+"""Images in WebDataset tar shards: shards (write) → index → reader → order → datamodule."""

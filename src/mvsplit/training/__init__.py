@@ -1,0 +1,1 @@
+"""Everything that knows Lightning and trains: module, optimiser, strategies, checkpoints."""

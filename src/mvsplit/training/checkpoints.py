@@ -1,0 +1,91 @@
+"""Read checkpoints: only tensors and plain containers are ever loaded, never code."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from mvsplit.utils.config import build, check_config
+from mvsplit.utils.errors import UserError
+
+MARK = "mvsplit"
+"""Key that says the checkpoint is ours; its value is the version that wrote it."""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, tensors mapped from the file.
+
+    Raises:
+        UserError: if the file is missing, damaged, or not one of ours.
+    """
+    if path.is_dir():
+        raise UserError(f"ckpt_path = {path}: a sharded checkpoint can be resumed, but not read by one process")
+    if not path.is_file():
+        raise UserError(f"ckpt_path = {path}: there is no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"ckpt_path = {path}: damaged, or not a checkpoint of tensors ({reason})") from None
+    if not isinstance(content, dict) or MARK not in content:
+        raise UserError(f"ckpt_path = {path}: not a checkpoint of this project (no '{MARK}' entry)")
+    return content
+
+
+def check_fits(state: dict[str, Tensor], network: dict[str, Tensor]) -> None:
+    """Check that saved weights fit the network.
+
+    Raises:
+        UserError: naming the first parameter that does not.
+    """
+    for name in sorted(state.keys() | network.keys()):
+        if name not in state or name not in network:
+            where = "the checkpoint" if name not in state else "the network of this config"
+            raise UserError(f"ckpt_path: the checkpoint belongs to another network; {where} has no '{name}'")
+        if state[name].shape != network[name].shape:
+            raise UserError(
+                f"ckpt_path: the checkpoint belongs to another network; '{name}' is {tuple(state[name].shape)} there"
+                f" and {tuple(network[name].shape)} here"
+            )
+
+
+class SavedRun:
+    """A trained network with the config it was trained by.
+
+    Args:
+        path: a checkpoint inside a run folder, whose `config.yaml` is read and checked like any other config.
+        weights: `ema` for the averaged weights, `raw` for the trained ones.
+        schema: of the run's config.
+
+    Attributes:
+        config: plain dict. network: on the CPU, in eval mode. step: optimiser steps done.
+
+    Raises:
+        UserError: if something is missing, damaged or does not fit.
+    """
+
+    def __init__(self, path: Path, weights: Literal["ema", "raw"], schema: type) -> None:
+        content = read_checkpoint(path)
+        self.run = path.parent.parent
+        file = self.run / "config.yaml"
+        if not file.is_file():
+            raise UserError(f"ckpt_path = {path}: {file} is missing; the checkpoint must lie in its run folder")
+        config = OmegaConf.to_container(OmegaConf.load(file))
+        assert isinstance(config, dict)
+        self.config: dict[str, Any] = {str(key): value for key, value in config.items()}
+        check_config(self.config, schema)
+        self.step: int = content["global_step"]
+        network: nn.Module = build(self.config["model"])()
+        state = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
+        if weights == "ema":
+            shadows = [c["shadow"] for c in content["callbacks"].values() if isinstance(c, dict) and "shadow" in c]
+            if not shadows:
+                raise UserError(f"weights = ema: {path} holds no averaged weights; allowed is raw")
+            state |= shadows[0]
+        check_fits(state, network.state_dict())
+        network.load_state_dict(state)
+        self.network: Any = network.eval()

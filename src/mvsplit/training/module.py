@@ -1,0 +1,129 @@
+"""The LightningModule: network, objective and sampler joined to the trainer.
+
+Shapes: B batch, C channels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from mvsplit import __version__
+from mvsplit.flow.objective import Flow, velocity_loss
+from mvsplit.flow.sampler import Sampler, sample_noise
+from mvsplit.flow.times import time_shift
+from mvsplit.training.checkpoints import MARK, check_fits
+from mvsplit.training.optim import AdamW
+from mvsplit.training.strategies import shard_network
+from mvsplit.utils.rng import Stream, normal, step_seed
+
+Batch = dict[str, Tensor]
+
+
+class FlowModule(L.LightningModule):
+    """Trains a velocity network by flow matching.
+
+    Args:
+        network: makes the network; called when the trainer's strategy is ready for parameters.
+        flow: the objective. optim: optimiser and schedule. sampler: how pictures are drawn.
+        seed: of initial weights, training draws, validation noise and pictures.
+        time_bins: equal bins of t in which the loss is also logged.
+        val_times: validation sample i is judged at the (i mod val_times)-th of these evenly spaced times (before
+            the time shift), with noise fixed by its number: two checkpoints differ by their weights alone.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[], nn.Module],
+        flow: Flow,
+        optim: AdamW,
+        sampler: Sampler,
+        seed: NonNegativeInt = 0,
+        time_bins: PositiveInt = 4,
+        val_times: PositiveInt = 8,
+    ) -> None:
+        super().__init__()
+        self.make_network = network
+        self.flow, self.optim, self.sampler, self.seed = flow, optim, sampler, seed
+        self.time_bins, self.val_times = time_bins, val_times
+        self.network: Any = None
+        self.mean_loss = nn.ModuleList(MeanMetric() for _ in range(time_bins + 1))  # all times, then each bin
+
+    def configure_model(self) -> None:
+        """Build the network, with weights that depend on the seed alone."""
+        if self.network is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                self.network = self.make_network()
+            shard_network(self, self.network)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        # max_steps, not estimated_stepping_batches: asking for that sets up the data and drops its restored state.
+        optimizer, scheduler = self.optim.build(self.network.parameters(), self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[MARK] = __version__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" in checkpoint:  # sharded strategies load weights their own way
+            check_fits(checkpoint["state_dict"], self.state_dict())
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # For dropout layers of forks: the global generator too is a function of the place in the stream.
+        torch.manual_seed(step_seed(self.seed, int(batch["position"][0])))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x0 = batch["image"]
+        x1, t, mask = self.flow.draw(self.seed, batch["position"], x0)
+        condition = self.network.drop(batch["label"], mask)
+        losses = velocity_loss(self.network, x0, x1, t, condition)  # (B,)
+        loss = losses.mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x0), sync_dist=self.trainer.world_size > 1)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+            self._log_bins(losses.detach(), t)
+        return loss
+
+    def _log_bins(self, losses: Tensor, t: Tensor) -> None:
+        bins = self.bin_of(t)
+        for i in bins.unique().tolist():
+            chosen = losses[bins == i]
+            self.log(f"train/{self.bin_name(i)}", chosen.mean(), batch_size=len(chosen))
+
+    def bin_of(self, t: Tensor) -> Tensor:
+        """Number of the time bin: (B,) → (B,) int64."""
+        return (t * self.time_bins).long().clamp(max=self.time_bins - 1)
+
+    def bin_name(self, i: int) -> str:
+        return f"loss_t_{i / self.time_bins:.2f}-{(i + 1) / self.time_bins:.2f}"
+
+    def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss of each sample at its fixed time and noise, and the times: (B,), (B,)."""
+        x0, index = batch["image"], batch["index"]
+        x1 = normal(self.seed, Stream.VAL_NOISE, index, x0.shape[1:]).to(x0.dtype)
+        t = (index % self.val_times + 0.5) / self.val_times
+        t = time_shift(t.float(), self.flow.time_shift)
+        return velocity_loss(self.network, x0, x1, t, batch["label"]), t
+
+    def validation_step(self, batch: Batch, batch_idx: int, stage: str = "val") -> None:
+        losses, t = self.validation_losses(batch)
+        bins = self.bin_of(t)
+        for i, metric in enumerate(self.mean_loss):
+            weight = batch["weight"] * (bins == i - 1) if i else batch["weight"]
+            metric.update(losses, weight)
+            if i == 0 or metric.weight > 0 or self.trainer.world_size > 1:
+                name = self.bin_name(i - 1) if i else "loss"
+                self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=i == 0)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx, "test")
+
+    def sample(self, condition: Tensor, index: Tensor) -> Tensor:
+        """Pictures number `index` (B,) for `condition` (B,): (B, C, height, width) in the data's units."""
+        noise = sample_noise(self.seed, index.to(self.device), self.network.input_shape)
+        return self.sampler.sample(self.network, condition.to(self.device), noise, self.flow.time_shift)

@@ -1,0 +1,63 @@
+"""AdamW with the paper's parameter groups, and the learning-rate schedule in optimiser steps."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Le, Len, Lt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Beta = Annotated[float, Ge(0), Lt(1)]
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW and its schedule: linear warm-up, then constant (paper) or cosine.
+
+    Args:
+        lr: peak learning rate. Paper's rule: 1e-3 / (0.2·√width).
+        betas, eps: of Adam. weight_decay: on 2-D weights only, never on gains, biases or token tables (paper).
+        warmup_steps: optimiser steps until the peak. schedule: what follows.
+        min_lr_ratio: where the cosine ends, as a share of lr. decay_steps: where it ends; null is the run's end.
+    """
+
+    lr: PositiveFloat = 1.5625e-4
+    betas: Annotated[list[Beta], Len(2, 2)] | None = None
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    warmup_steps: NonNegativeInt = 1000
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
+    decay_steps: PositiveInt | None = None
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """Share of `lr` for the optimiser step number `step` (from 0)."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        last = max(self.decay_steps or max_steps, self.warmup_steps + 1)
+        progress = min(1.0, (step - self.warmup_steps) / (last - self.warmup_steps))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+    def build(self, parameters: Iterable[torch.nn.Parameter], max_steps: int) -> tuple[Optimizer, LambdaLR]:
+        """Optimiser over the trainable parameters and its per-step scheduler."""
+        trainable = [p for p in parameters if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if num_dims(p) == 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if num_dims(p) != 2], "weight_decay": 0.0},
+        ]
+        betas = tuple(self.betas) if self.betas else (0.9, 0.999)
+        groups = [group for group in groups if group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
+
+
+def num_dims(parameter: torch.nn.Parameter) -> int:
+    """Dimensions of the whole parameter: under ZeRO-3 the tensor at hand is an empty stand-in."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return len(shape)

@@ -1,0 +1,209 @@
+"""Check a composed config before anything is built, and build from it.
+
+There is no second description of what a config may hold: a node's `_target_` names a class, and the class's own
+annotated arguments are the schema (`PositiveInt`, `Literal[…]`, …). A class may add a static `check(…)` for values
+that must fit together; its arguments are taken from the node by name. Whatever is wrong ends in one `UserError`.
+
+Only classes of this package and the external ones listed in `EXTERNAL` may be named by `_target_`: a config file
+from elsewhere cannot make the program call something else. A fork that needs another one adds a line there.
+"""
+
+import difflib
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from mvsplit.utils.errors import UserError
+
+EXTERNAL = {
+    "lightning.pytorch.Trainer",
+    "lightning.pytorch.callbacks.DeviceStatsMonitor",
+    "lightning.pytorch.callbacks.EarlyStopping",
+    "lightning.pytorch.callbacks.ModelCheckpoint",
+    "lightning.pytorch.callbacks.ModelSummary",
+    "lightning.pytorch.loggers.CSVLogger",
+    "lightning.pytorch.loggers.TensorBoardLogger",
+    "lightning.pytorch.strategies.DDPStrategy",
+}
+HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+def to_plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain dicts and lists, interpolations resolved.
+
+    Raises:
+        UserError: for a missing mandatory value or an interpolation that leads nowhere.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    return typing.cast(dict[str, Any], plain)
+
+
+def check_config(config: dict[str, Any], schema: type) -> None:
+    """Check the top-level keys against the schema (a class of annotated fields), then every node below.
+
+    Raises:
+        UserError: one line with the key, its value and what is allowed.
+    """
+    hints = typing.get_type_hints(schema, include_extras=True)
+    for key in hints:
+        if key not in config:
+            raise UserError(f"{key}: missing from the config")
+    for key, value in config.items():
+        if key not in hints:
+            raise UserError(f"{key}: {_unknown(key, hints)}")
+        _check_value(key, value, hints[key])
+    for key, value in config.items():
+        _check_tree(key, value)
+
+
+def _check_tree(path: str, value: Any) -> None:
+    if isinstance(value, dict):
+        # The parts first: their errors are nearer to the key that the user wrote.
+        for key, child in value.items():
+            _check_tree(f"{path}.{key}", child)
+        if "_target_" in value:
+            _check_node(path, value)
+    elif isinstance(value, list):
+        for number, child in enumerate(value):
+            _check_tree(f"{path}.{number}", child)
+
+
+def _check_node(path: str, node: dict[str, Any]) -> None:
+    target = locate(node["_target_"], path)
+    hints, required, open_ended = parameters_of(target)
+    given = {key: value for key, value in node.items() if key not in HYDRA_KEYS}
+    for key, value in given.items():
+        if key not in hints:
+            if open_ended:
+                continue
+            raise UserError(f"{path}.{key} = {value!r}: {_unknown(key, hints)}")
+        if not (isinstance(value, dict) and "_target_" in value):
+            _check_value(f"{path}.{key}", value, hints[key])
+    if not node.get("_partial_"):
+        for key in required:
+            if key not in given:
+                raise UserError(f"{path}.{key}: missing, {target.__name__} needs it")
+    check = getattr(target, "check", None)
+    if check is not None:
+        names = inspect.signature(check).parameters
+        if all(name in given for name in names):
+            check(**{name: given[name] for name in names})
+
+
+def locate(name: Any, path: str) -> Callable[..., Any]:
+    """The class or function that a `_target_` names, if it is one that configs may name.
+
+    Raises:
+        UserError: if it does not exist or is not allowed.
+    """
+    refused = UserError(
+        f"{path}._target_ = {name}: allowed are classes and functions of mvsplit and {', '.join(sorted(EXTERNAL))}"
+    )
+    if not isinstance(name, str) or not (name in EXTERNAL or name.startswith("mvsplit.")):
+        raise refused
+    module, _, attribute = name.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{path}._target_ = {name}: not found ({error})") from error
+    # What a module of ours merely imported (os, torch.load …) is not ours.
+    if not callable(target) or (name not in EXTERNAL and not target.__module__.startswith("mvsplit.")):
+        raise refused
+    return target
+
+
+def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, Any], list[str], bool]:
+    """Arguments a target takes, with their types; those it requires; whether it takes any others.
+
+    A constructor with `**kwargs` hands them on to the next class above it, whose arguments then count too.
+    """
+    hints: dict[str, Any] = {}
+    required: list[str] = []
+    ours = target.__module__.startswith("mvsplit.")
+    callables: Iterable[Any] = [target.__init__ if inspect.isclass(target) else target]
+    if inspect.isclass(target) and ours:
+        callables = [vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c) and c is not object]
+    for function in callables:
+        types = _type_hints(function)
+        open_ended = False
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                open_ended = True
+            elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name != "self":
+                hints.setdefault(parameter.name, types.get(parameter.name, Any))
+                if parameter.default is parameter.empty and parameter.name not in required:
+                    required.append(parameter.name)
+        if not open_ended:
+            return hints, required, False
+    return hints, required, not ours
+
+
+def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(inspect.unwrap(function), include_extras=True)
+    except (NameError, TypeError, AttributeError):
+        return {}  # an external class whose annotations exist only for type checkers
+
+
+def _check_value(path: str, value: Any, hint: Any) -> None:
+    try:
+        adapter = TypeAdapter(hint, config=_STRICT)
+    except (PydanticUserError, TypeError, NameError):
+        return  # not a type that data can have: a protocol or another built object
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        problems = list(dict.fromkeys(_allowed(item) for item in error.errors()))
+        raise UserError(f"{path} = {value!r}: {' or '.join(problems)}") from None
+
+
+def _allowed(item: Any) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "literal_error":
+        return f"allowed are {context['expected']}"
+    if kind == "callable_type" or kind == "is_instance_of":
+        return "a node with a _target_ is needed"
+    return item["msg"].replace("Input should be", "must be").replace("valid ", "")
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"unknown key; {hint}allowed are {', '.join(sorted(known))}"
+
+
+def build(node: Any) -> Any:
+    """Build a checked node: plain arguments in, objects out; null gives None.
+
+    Raises:
+        UserError: what the class refused.
+    """
+    if node is None:
+        return None
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError | TypeError | OSError):
+            raise cause from None
+        raise
+
+
+def build_each(nodes: dict[str, Any] | None) -> list[Any]:
+    """Build the entries of a group such as callbacks; null entries are switched off."""
+    return [build(node) for node in (nodes or {}).values() if node is not None]

@@ -1,0 +1,87 @@
+"""The way into every script: compose with Hydra, run, and turn what the user got wrong into one line."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import hydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from mvsplit.utils.config import _unknown
+from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers
+
+
+def run(main: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Call `main(cfg)` with the config composed from the command line.
+
+    A user's mistake prints `error: …` and exits with 2; Ctrl-C exits with 130; a defect of ours keeps its traceback.
+    """
+    register_resolvers()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: they are told here
+
+    @functools.wraps(main)
+    def job(cfg: DictConfig) -> Any:
+        with told():  # inside Hydra's job, which would add lines of its own
+            return main(cfg)
+
+    with told():
+        hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "configs"), config_name=config_name)(job)()
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Turn a user's mistake into one line and an exit status."""
+    try:
+        yield
+    except (ValueError, HydraException, OmegaConfBaseException, MisconfigurationException, OSError) as error:
+        if not is_users(error):
+            raise
+        sys.exit(fail(explain(error)))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether the error speaks to the user: raised on purpose by us or a library's check, not by a slip of code."""
+    if not isinstance(error, ValueError):
+        return True
+    # A ValueError of ours carries its message; one from deep inside a library is a defect unless it is Lightning's.
+    frame = error.__traceback__
+    last = ""
+    while frame is not None:
+        last, frame = frame.tb_frame.f_globals.get("__name__", ""), frame.tb_next
+    return last.startswith(("mvsplit.", "__main__", "train", "eval", "sample", "lightning.", "hydra.", "omegaconf."))
+
+
+def explain(error: BaseException) -> str:
+    """One line that names the key and what is allowed."""
+    if isinstance(error, MissingConfigException):
+        options = f"; allowed are {', '.join(_options(error.options))}" if error.options else ""
+        return f"{str(error).splitlines()[0]}{options}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not a key=value override"
+    if isinstance(error, ConfigCompositionException):
+        cause = error.__cause__
+        if isinstance(cause, ConfigKeyError) and cause.parent_node is not None:
+            known = [str(key) for key in cause.parent_node]  # type: ignore[attr-defined]
+            return f"{cause.full_key}: {_unknown(str(cause.key), known)}"
+        return str(error).splitlines()[0] + (f" ({str(cause).splitlines()[0]})" if cause else "")
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _options(options: Sequence[str] | None) -> list[str]:
+    return sorted(options or [])

@@ -1,0 +1,5 @@
+"""Errors that a user can mend."""
+
+
+class UserError(ValueError):
+    """Something in the user's configuration, files or machine is wrong; the message says what, in one line."""

@@ -1,0 +1,77 @@
+"""Random numbers as a pure function of (seed, stream, index): nothing to save, nothing to replay after a resume.
+
+A stateful generator makes noise depend on how a batch was cut, on how many devices there are and on whether the run
+was interrupted. Here sample number `index` gets the same numbers wherever and whenever it is asked for.
+
+The mixing function is splitmix64 (Steele, Lea and Flood, 2014). Integers wrap modulo 2⁶⁴.
+"""
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX2 = 0x94D049BB133111EB - (1 << 64)
+
+
+class Stream(IntEnum):
+    """What the numbers are for. Each purpose has numbers of its own."""
+
+    SHUFFLE = 1
+    TRAIN_NOISE = 2
+    TRAIN_TIME = 3
+    LABEL_DROPOUT = 4
+    AUGMENT = 5
+    VAL_NOISE = 6
+    SAMPLE_NOISE = 7
+    STEP = 8
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical shift: int64's own keeps the sign
+
+
+def mix(x: Tensor) -> Tensor:
+    """Splitmix64's output function on int64 tensors: a bijection that scatters neighbouring integers."""
+    x = x + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)
+
+
+def bits(seed: int, stream: Stream, index: Tensor, count: int) -> Tensor:
+    """64 random bits per entry: (B,) int64 indices → (B, count) int64."""
+    index = index.to(torch.int64)
+    key = mix(mix(torch.full_like(index, seed)) + int(stream))
+    row = mix(key ^ mix(index))[:, None]
+    return mix(row + torch.arange(count, device=index.device) * _GOLDEN)
+
+
+def uniform(seed: int, stream: Stream, index: Tensor, count: int = 1) -> Tensor:
+    """Uniform on (0, 1), float64: (B,) → (B, count)."""
+    return (_shift_right(bits(seed, stream, index, count), 11).double() + 0.5) * 2.0**-53
+
+
+def normal(seed: int, stream: Stream, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal, float32: (B,) → (B, *shape), by Box and Muller's transform of pairs of uniforms."""
+    count = math.prod(shape)
+    half = (count + 1) // 2
+    u, angle = uniform(seed, stream, index, 2 * half).chunk(2, dim=1)  # (B, half) each
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * angle
+    draws = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+    return draws.float().reshape(-1, *shape)
+
+
+def permutation(seed: int, epoch: int, length: int) -> Tensor:
+    """The order of an epoch: a permutation of range(length), (length,) int64."""
+    index = torch.arange(length)
+    return bits(seed, Stream.SHUFFLE, index + epoch * length, 1)[:, 0].argsort(stable=True)
+
+
+def step_seed(seed: int, position: int) -> int:
+    """Seed for the stateful global generator at one place of the training stream (dropout layers of forks)."""
+    return int(bits(seed, Stream.STEP, torch.tensor([position]), 1)) & ((1 << 63) - 1)
