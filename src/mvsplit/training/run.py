@@ -35,8 +35,8 @@ class TrainConfig:
     seed: NonNegativeInt
     optimized_metric: str | None
     data: Group
-    model: Group
     residual: Group
+    model: Group
     flow: Group
     sampler: Group
     optim: Group

@@ -64,10 +64,10 @@ def check_config(config: dict[str, Any], schema: type) -> None:
             raise UserError(f"{key}: missing from the config")
     for key, value in config.items():
         if key not in hints:
-            raise UserError(f"{key}: {_unknown(key, hints)}")
+            raise UserError(f"{key}: {describe_unknown(key, hints)}")
         _check_value(key, value, hints[key])
-    for key, value in config.items():
-        _check_tree(key, value)
+    for key in hints:  # in the schema's order: parts before the nodes that repeat them by interpolation
+        _check_tree(key, config[key])
 
 
 def _check_tree(path: str, value: Any) -> None:
@@ -90,7 +90,7 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
         if key not in hints:
             if open_ended:
                 continue
-            raise UserError(f"{path}.{key} = {value!r}: {_unknown(key, hints)}")
+            raise UserError(f"{path}.{key} = {value!r}: {describe_unknown(key, hints)}")
         if not (isinstance(value, dict) and "_target_" in value):
             _check_value(f"{path}.{key}", value, hints[key])
     if not node.get("_partial_"):
@@ -180,8 +180,9 @@ def _allowed(item: Any) -> str:
     return item["msg"].replace("Input should be", "must be").replace("valid ", "")
 
 
-def _unknown(key: str, known: Iterable[str]) -> str:
-    known = list(known)
+def describe_unknown(key: str, known: Iterable[Any]) -> str:
+    """What to tell about a key that is not one of the known."""
+    known = [str(name) for name in known if name not in HYDRA_KEYS]
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"unknown key; {hint}allowed are {', '.join(sorted(known))}"

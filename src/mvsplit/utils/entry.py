@@ -11,9 +11,9 @@ import hydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from mvsplit.utils.config import _unknown
+from mvsplit.utils.config import describe_unknown
 from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers
 
 
@@ -74,9 +74,8 @@ def explain(error: BaseException) -> str:
         return f"{error.override}: not a key=value override"
     if isinstance(error, ConfigCompositionException):
         cause = error.__cause__
-        if isinstance(cause, ConfigKeyError) and cause.parent_node is not None:
-            known = [str(key) for key in cause.parent_node]  # type: ignore[attr-defined]
-            return f"{cause.full_key}: {_unknown(str(cause.key), known)}"
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+            return f"{cause.full_key}: {describe_unknown(str(cause.key), dict.fromkeys(cause.parent_node))}"
         return str(error).splitlines()[0] + (f" ({str(cause).splitlines()[0]})" if cause else "")
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"

@@ -1,0 +1,91 @@
+"""What all tests share: a folder of digits, a way to train in this process, a way to run a script in another."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from mvsplit.data.digits import write_digits
+from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers
+
+SRC = PROJECT_ROOT / "src"
+sys.path.insert(0, str(SRC))  # as for a script that runs there: `import train`
+torch.set_num_threads(1)  # tiny networks: threads cost more than they give
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
+
+SMALL = [
+    "model=tiny",
+    "data.batch_size=8",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+    "trainer.log_every_n_steps=1",
+    "callbacks.sample_grid.rows=1",
+    "callbacks.last.every_n_steps=2",
+    "sampler.steps=2",
+]
+"""A run of a second or two that still does everything."""
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with the digits' shards in it."""
+    folder = tmp_path_factory.mktemp("data")
+    write_digits(folder / "digits")
+    return folder
+
+
+def compose_config(*overrides: str, name: str = "train.yaml") -> DictConfig:
+    register_resolvers()
+    with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT_ROOT / "configs")):
+        return compose(name, overrides=list(overrides))
+
+
+@pytest.fixture
+def config(data_dir: Path, tmp_path: Path) -> Callable[..., DictConfig]:
+    """`config(*overrides)`: the small run's composed config; output in this test's own folder."""
+
+    def make(*overrides: str, run: str = "run") -> DictConfig:
+        output = tmp_path / run
+        output.mkdir(exist_ok=True)
+        paths = [f"paths.data_dir={data_dir}", f"paths.log_dir={tmp_path}/logs", f"paths.output_dir={output}"]
+        return compose_config(*SMALL, *paths, *overrides)
+
+    return make
+
+
+@pytest.fixture
+def train_here(config: Callable[..., DictConfig]) -> Callable[..., tuple[dict[str, float], dict[str, Any]]]:
+    """`train_here(*overrides)`: run `train(cfg)` in this process."""
+    import train
+
+    return lambda *overrides, run="run": train.train(config(*overrides, run=run))
+
+
+@pytest.fixture
+def script(data_dir: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """`script(name, *overrides)`: the command line of `src/<name>`; for train.py of the small run."""
+
+    def command(name: str, *overrides: str) -> list[str]:
+        small = [*SMALL, f"paths.data_dir={data_dir}"] if name == "train.py" else []
+        return [sys.executable, str(SRC / name), *small, f"paths.log_dir={tmp_path}/logs", *overrides]
+
+    return command
+
+
+@pytest.fixture
+def run_script(script: Callable[..., list[str]], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_script(name, *overrides)`: run it to its end, from a working directory that is not the project's."""
+
+    def run(name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        command = script(name, *overrides)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+
+    return run

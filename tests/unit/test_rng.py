@@ -1,0 +1,50 @@
+"""Counter-based random numbers: known answers, moments, independence of the batch."""
+
+import torch
+
+from mvsplit.utils.rng import Stream, mix, normal, permutation, uniform
+
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def test_mix_is_splitmix64() -> None:
+    # First outputs of the published generator for seed 1234567.
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    states = torch.tensor([signed((1234567 + i * GOLDEN) % 2**64) for i in range(4)])
+    assert mix(states).tolist() == [signed(x) for x in published]
+
+
+def test_uniform_and_normal_have_their_moments() -> None:
+    u = uniform(0, Stream.TRAIN_TIME, torch.arange(100_000))[:, 0]
+    assert u.min() > 0
+    assert u.max() < 1
+    assert abs(u.mean() - 0.5) < 3e-3
+    assert abs(u.var() - 1 / 12) < 1e-3
+    x = normal(0, Stream.TRAIN_NOISE, torch.arange(2000), (1, 8, 8)).double()
+    assert abs(x.mean()) < 0.01
+    assert abs(x.var() - 1) < 0.02
+    assert abs((x**4).mean() - 3) < 0.15
+    correlation = torch.corrcoef(x.flatten(1).T)
+    assert (correlation - torch.eye(64)).abs().max() < 0.1
+
+
+def test_numbers_depend_on_index_stream_and_seed_alone() -> None:
+    index = torch.arange(40, 60)
+    whole = normal(3, Stream.SAMPLE_NOISE, index, (1, 8, 8))
+    parts = torch.cat([normal(3, Stream.SAMPLE_NOISE, part, (1, 8, 8)) for part in index.split(3)])
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole, normal(4, Stream.SAMPLE_NOISE, index, (1, 8, 8)))
+    assert not torch.equal(whole, normal(3, Stream.VAL_NOISE, index, (1, 8, 8)))
+    assert normal(3, Stream.VAL_NOISE, index, (3, 5)).shape == (20, 3, 5)  # an odd count
+
+
+def test_permutation() -> None:
+    first, second = permutation(0, 0, 1000), permutation(0, 1, 1000)
+    assert first.sort().values.tolist() == list(range(1000))
+    assert second.sort().values.tolist() == list(range(1000))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, permutation(0, 0, 1000))
