@@ -67,12 +67,11 @@ def test_solvers_reach_their_order(name: str, order: int, shift: float) -> None:
     # dx/d(−t) = x·cos(3t), so x(0) = x(1)·exp(sin(3)/3).
     exact = math.exp(math.sin(3) / 3)
     errors = []
-    for steps in (80, 160, 320):
+    for steps in (320, 640):
         one = torch.ones(1, dtype=torch.float64)
         x = SOLVERS[name](lambda x, t: x * math.cos(3 * t), one, time_grid(steps, shift))  # type: ignore[index]
         errors.append(abs(x.item() - exact))
-    for coarse, fine in zip(errors, errors[1:], strict=False):
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "multistep"])

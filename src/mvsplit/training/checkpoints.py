@@ -27,8 +27,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"ckpt_path = {path}: there is no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
+            if (record := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{record} fails its checksum")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"ckpt_path = {path}: damaged, or not a checkpoint of tensors ({reason})") from None
     if not isinstance(content, dict) or MARK not in content:

@@ -23,6 +23,7 @@ def run(main: Callable[[DictConfig], Any], config_name: str) -> None:
     A user's mistake prints `error: …` and exits with 2; Ctrl-C exits with 130; a defect of ours keeps its traceback.
     """
     register_resolvers()
+    sys.argv = plain_overrides(sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: they are told here
 
     @functools.wraps(main)
@@ -32,6 +33,13 @@ def run(main: Callable[[DictConfig], Any], config_name: str) -> None:
 
     with told():
         hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "configs"), config_name=config_name)(job)()
+
+
+def plain_overrides(argv: Sequence[str]) -> list[str]:
+    """Make `logger=null` and its like work: Hydra calls leaving out a group with a default `~logger`."""
+    groups = {f"{group}=null": f"~{group}" for group in ("callbacks", "logger")}
+    absent = {f"{group}=null" for group in ("debug", "experiment", "hparams_search")}  # what they are anyway
+    return [groups.get(arg, arg) for arg in argv if arg not in absent]
 
 
 @contextmanager

@@ -1,0 +1,155 @@
+"""Every config composes, is accepted and builds; every mistake is told in one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import compose_config
+from lightning import Trainer
+from omegaconf import OmegaConf
+
+from mvsplit.training import run
+from mvsplit.utils.config import EXTERNAL, build, build_each, check_config, to_plain
+from mvsplit.utils.entry import plain_overrides
+from mvsplit.utils.errors import UserError
+from mvsplit.utils.runs import PROJECT_ROOT
+
+CONFIGS = PROJECT_ROOT / "configs"
+GROUPS = [g.name for g in sorted(CONFIGS.iterdir()) if g.is_dir() and g.name not in ("hydra", "local", "paths")]
+OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
+
+
+def checked(*overrides: str) -> dict[str, Any]:
+    config = to_plain(compose_config("paths.output_dir=/nowhere", *overrides))
+    check_config(config, run.TrainConfig)
+    run.check_together(config)
+    return config
+
+
+def test_all_groups_of_the_design_are_there() -> None:
+    expected = {"data", "model", "residual", "flow", "sampler", "optim", "trainer", "callbacks", "logger", "experiment",
+                "debug", "hparams_search", "extras"}  # fmt: skip
+    assert set(GROUPS) == expected
+    named = {group: {option for g, option in OPTIONS if g == group} for group in GROUPS}
+    assert named["trainer"] >= {"default", "cpu", "gpu", "ddp", "ddp_sim", "fsdp", "deepspeed", "deepspeed_offload"}
+    assert named["debug"] >= {"default", "fdr", "limit", "overfit", "profiler"}
+    assert named["logger"] >= {"tensorboard", "csv", "many_loggers"}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_config_composes_and_builds(group: str, option: str) -> None:
+    # Hydra's own settings in debug and hparams_search are for its launcher and are not composed here.
+    # The networks of width 1024 are for pictures of 256 × 256.
+    large = ["data=imagenet"] if option.startswith("layers_") else []
+    config = checked(f"{group}={option}", *large)
+    for name in ("data", "residual", "flow", "sampler", "optim"):
+        assert build(config[name]) is not None
+    build(config["module"])
+    build_each(config["callbacks"])
+    build_each(config["logger"])
+    strategy = config["trainer"]["strategy"]
+    if isinstance(strategy, dict):
+        build(strategy)
+    if group != "trainer" or option in ("default", "cpu"):  # the others ask for GPUs or processes when built
+        settings = config["trainer"] | {"logger": False, "callbacks": None, "accelerator": "cpu", "devices": 1}
+        if not (group == "experiment" and isinstance(strategy, dict)):
+            assert isinstance(build(settings), Trainer)
+    if group != "model" or int(config["model"]["depth"]) < 28:
+        return
+    import torch
+
+    with torch.device("meta"):
+        network = build(config["model"])()
+    assert len(network.blocks) == config["model"]["depth"]
+
+
+@pytest.mark.parametrize("group", ["logger", "callbacks"])
+def test_groups_can_be_switched_off(group: str) -> None:
+    assert build_each(checked(f"~{group}")[group]) == []
+    first = next(iter(checked()[group]))
+    assert len(build_each(checked(f"{group}.{first}=null")[group])) == len(checked()[group]) - 1
+
+
+def test_null_switches_a_group_off_on_the_command_line() -> None:
+    argv = ["train.py", "logger=null", "debug=null", "ckpt_path=null", "trainer=cpu"]
+    assert plain_overrides(argv) == ["train.py", "~logger", "ckpt_path=null", "trainer=cpu"]
+
+
+def test_every_yaml_key_has_a_comment_or_says_itself() -> None:
+    """Files of the groups begin with what they are, or explain their keys one by one."""
+    for group, option in OPTIONS:
+        text = (CONFIGS / group / f"{option}.yaml").read_text()
+        assert "#" in text or len(text.splitlines()) <= 3, f"{group}/{option}.yaml has no comment"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.depth=0"], "model.depth = 0: must be greater than 0"),
+        (["model.depth=-3"], "model.depth = -3: must be greater than 0"),
+        (["model.depth=2.5"], "model.depth = 2.5: must be a integer"),
+        (["model.width=66"], "model.width = 66: must be divisible by model.num_heads = 4"),
+        (["model.num_heads=32"], "width / num_heads = 2 must be divisible by 4"),
+        (["model.patch_size=3"], "model.patch_size = 3: must divide the image size [8, 8]"),
+        (["data.image_size=[8,9]"], "must divide the image size [8, 9]"),
+        (["data.image_size=[8]"], "data.image_size = [8]: "),
+        (["residual.mean_update=leky"], "residual.mean_update = 'leky': allowed are 'leaky', 'plain' or 'none'"),
+        (["residual.beta_init=big"], "residual.beta_init = 'big': must be a number or allowed are 'auto'"),
+        (["+residual.gamma=1"], "residual.gamma = 1: unknown key; allowed are "),
+        (["+model.deptth=1"], "did you mean depth?"),
+        (["optim.lr=0"], "optim.lr = 0: must be greater than 0"),
+        (["optim.schedule=linear"], "optim.schedule = 'linear': allowed are 'constant' or 'cosine'"),
+        (["optim.betas=[0.9,1.0]"], "optim.betas = [0.9, 1.0]: must be less than 1"),
+        (["flow.label_dropout=1.5"], "flow.label_dropout = 1.5: must be less than or equal to 1"),
+        (["flow.times=uniform"], "flow.times = 'uniform': a node with a _target_ is needed"),
+        (["sampler.solver=rk4"], "sampler.solver = 'rk4': allowed are 'euler', 'heun' or 'multistep'"),
+        (["sampler.steps=0"], "sampler.steps = 0: must be greater than 0"),
+        (["data.channels=2"], "data.channels = 2: allowed are 1 (grey) and 3 (RGB)"),
+        (["data.batch_size=???"], "data.batch_size"),
+        (["seed=-1"], "seed = -1: must be greater than or equal to 0"),
+        (["seed=one"], "seed = 'one': "),
+        (["trainer.max_steps=-1"], "trainer.max_steps = -1: must be an integer greater than 0"),
+        (["+trainer.max_epochs=3"], "trainer.max_epochs = 3: not supported, use trainer.max_steps"),
+        (["trainer.devices=3"], "data.batch_size = 32: must be divisible by"),
+        (["trainer.accumulate_grad_batches=5"], "data.batch_size = 32: must be divisible by"),
+        (["+surprise=1"], "surprise: unknown key"),
+        (["callbacks.ema.decay=1.0"], "callbacks.ema.decay = 1.0: must be less than 1"),
+        (["model._target_=os.system"], "model._target_ = os.system: allowed are"),
+        (["model._target_=mvsplit.training.checkpoints.torch"], "model._target_"),
+        (["model._target_=mvsplit.models.dit.checkpoint"], "model._target_"),
+        (["model._target_=mvsplit.models.dit.Missing"], "not found"),
+        (["~data.folder"], "data.folder: missing"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
+        checked(*overrides)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "target", ["torch.load", "torch.hub.load", "webdataset.WebDataset", "builtins.eval", "subprocess.run", "os.system"]
+)
+def test_targets_outside_the_list_are_refused(target: str) -> None:
+    config = checked()
+    config["callbacks"]["evil"] = {"_target_": target}
+    with pytest.raises(UserError, match="allowed are"):
+        check_config(config, run.TrainConfig)
+
+
+def test_allowed_external_targets_exist() -> None:
+    from mvsplit.utils.config import locate
+
+    for name in EXTERNAL:
+        assert callable(locate(name, "test"))
+
+
+def test_seed_zero_is_a_seed() -> None:
+    assert checked("seed=0")["module"]["seed"] == 0
+    assert checked("seed=5")["data"]["seed"] == 5
+
+
+def test_resolved_config_survives_its_file(tmp_path: Path) -> None:
+    config = checked()
+    run.save_config(config, tmp_path)
+    assert OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml")) == config
