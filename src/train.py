@@ -54,7 +54,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         if not config["train"] and ckpt_path is None:
             raise UserError("test = true: without training, ckpt_path must name the checkpoint to test")
         # The weights at hand are the last, or, without training, those of the checkpoint.
-        trainer.test(module, datamodule=datamodule, ckpt_path=None if config["train"] else ckpt_path, weights_only=True)
+        resumed = None if config["train"] else ckpt_path
+        trainer.test(module, datamodule=datamodule, ckpt_path=resumed, verbose=False, weights_only=True)
         metrics |= run.plain_metrics(trainer)
     if config["train"] and not run.stop_signal(callbacks):
         run.log_hparams(trainer, config, metrics)

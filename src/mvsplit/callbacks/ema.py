@@ -9,7 +9,7 @@ from annotated_types import Ge, Lt
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from mvsplit.training.strategies import local_parameters, local_tensors, partition_parameters, whole_tensors
+from mvsplit.training.strategies import local_parameters, local_tensors, whole_tensors
 
 
 class EMA(Callback):
@@ -68,7 +68,6 @@ class EMA(Callback):
     @staticmethod
     @torch.no_grad()
     def _write(module: LightningModule, values: dict[str, Tensor]) -> None:
-        partition_parameters(module.network)
         for name, weight in local_parameters(module.network).items():
             weight.copy_(values[name])
 

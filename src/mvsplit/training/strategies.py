@@ -13,13 +13,15 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from pydantic import PositiveInt
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mvsplit.models.dit import Block
 
 
 def local_parameters(network: nn.Module) -> dict[str, Tensor]:
     """Each parameter's values that this process holds: the parameter itself, or its shard under FSDP2 and ZeRO-3."""
+    _reshard(network)
     return {name: _local(parameter) for name, parameter in network.named_parameters()}
 
 
@@ -31,11 +33,14 @@ def _local(parameter: nn.Parameter) -> Tensor:
     return parameter.data
 
 
-def partition_parameters(network: nn.Module) -> None:
-    """Before shards are written to: give up the whole copies that ZeRO-3 keeps of small parameters."""
+def _reshard(network: nn.Module) -> None:
+    """Give up whole copies of parameters, which both strategies keep for a while after a forward pass."""
     for parameter in network.parameters():
         if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
             parameter.partition()
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_tensors(network: nn.Module, local: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,7 +66,7 @@ def local_tensors(network: nn.Module, whole: dict[str, Tensor]) -> dict[str, Ten
     for name, parameter in network.named_parameters():
         if isinstance(parameter, DTensor) and name in whole:
             full = whole[name].to(parameter.device)
-            local[name] = torch.distributed.tensor.distribute_tensor(
+            local[name] = distribute_tensor(
                 full, parameter.device_mesh, parameter.placements
             ).to_local()
     return local
@@ -78,11 +83,14 @@ class FSDP2(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=False)
         self.blocks_per_group = blocks_per_group
 
+    def setup_environment(self) -> None:
+        # Lightning's default gives a node's devices to tensor parallelism and leaves nothing to shard data over.
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
     def shard(self, network: nn.Module) -> None:
         """Shard a network whose `blocks` are a list, over all ranks."""
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = self.device_mesh["data_parallel"] if self.device_mesh.ndim > 1 else self.device_mesh
+        mesh = self.device_mesh["data_parallel"]
         blocks = list(network.blocks)
         for first in range(0, len(blocks), self.blocks_per_group):
             fully_shard(blocks[first : first + self.blocks_per_group], mesh=mesh)

@@ -1,8 +1,10 @@
 """The way into every script: compose with Hydra, run, and turn what the user got wrong into one line."""
 
 import functools
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +26,10 @@ def run(main: Callable[[DictConfig], Any], config_name: str) -> None:
     """
     register_resolvers()
     sys.argv = plain_overrides(sys.argv)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # we tell what matters ourselves
+    # Libraries talking to each other about their own futures.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|lightning\.")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.|lightning\.|deepspeed\.")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: they are told here
 
     @functools.wraps(main)
