@@ -73,6 +73,8 @@ class LastCheckpoint(Checkpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Write the state and make it the one that `last.ckpt` means."""
+        if trainer.fast_dev_run:
+            return
         path = self.folder / f"last-{trainer.global_step:08d}.ckpt"
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(path)  # all ranks: sharded states are collective

@@ -1,0 +1,121 @@
+"""Parameter groups, schedule, average, checkpoint reading: each against a plain formulation."""
+
+import functools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mvsplit.callbacks.ema import EMA
+from mvsplit.models.conditioning import ClassTokens
+from mvsplit.models.dit import DiT
+from mvsplit.models.residuals import MVSplit
+from mvsplit.training.checkpoints import check_fits, read_checkpoint
+from mvsplit.training.optim import AdamW
+from mvsplit.utils.errors import UserError
+
+
+def test_weight_decay_on_matrices_only() -> None:
+    network = DiT([4, 4], 1, 2, 2, 16, 2, functools.partial(ClassTokens, num_classes=3), MVSplit)
+    optimizer, _ = AdamW(weight_decay=0.1).build(network.parameters(), max_steps=10)
+    names = {id(p): name for name, p in network.named_parameters()}
+    decayed, free = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    assert decayed | free == set(names.values())
+    assert all(name.endswith("weight") for name in decayed)
+    assert {name.rsplit(".", 1)[-1] for name in free} == {"alpha", "beta", "bias", "table"}
+
+
+def test_schedule_warms_up_then_stays_or_falls() -> None:
+    constant = AdamW(warmup_steps=4, schedule="constant")
+    assert [constant.factor(s, 10) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cosine = AdamW(warmup_steps=4, schedule="cosine", min_lr_ratio=0.1)
+    assert cosine.factor(4, 14) == 1.0
+    assert cosine.factor(9, 14) == pytest.approx(0.55)
+    assert cosine.factor(14, 14) == pytest.approx(0.1)
+    assert cosine.factor(100, 14) == pytest.approx(0.1)
+    assert AdamW(warmup_steps=0).factor(0, 10) == 1.0
+    assert AdamW(warmup_steps=4, schedule="cosine", decay_steps=8).factor(8, 100) == pytest.approx(0.0)
+
+
+def test_average_follows_its_formula() -> None:
+    class Holder(nn.Module):
+        network = nn.Linear(3, 2)
+
+    class FakeTrainer:
+        global_step = 0
+
+    module, trainer, ema = Holder(), FakeTrainer(), EMA(decay=0.6)
+    expected = module.network.weight.detach().clone()
+    ema.on_train_start(trainer, module)  # type: ignore[arg-type]
+    for step in range(1, 8):
+        with torch.no_grad():
+            module.network.weight.add_(torch.randn(2, 3))
+        trainer.global_step = step
+        for _ in range(2):  # a micro-batch without a step changes nothing
+            ema.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * module.network.weight.detach()
+    torch.testing.assert_close(ema.shadow["weight"], expected)
+    trained = module.network.weight.detach().clone()
+    ema.on_validation_start(trainer, module)  # type: ignore[arg-type]
+    assert torch.equal(module.network.weight, ema.shadow["weight"])
+    ema.on_validation_end(trainer, module)  # type: ignore[arg-type]
+    assert torch.equal(module.network.weight, trained)
+
+
+def test_checkpoints_of_others_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    with pytest.raises(UserError, match="there is no such file"):
+        read_checkpoint(path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
+        read_checkpoint(path)
+    torch.save({"state_dict": {"a": torch.ones(2)}}, path)
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        read_checkpoint(path)
+
+
+class Canary:
+    """Pickled, it would create a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_poisoned_checkpoint_runs_nothing(tmp_path: Path) -> None:
+    path, canary = tmp_path / "x.ckpt", tmp_path / "canary"
+    torch.save({"mvsplit": "1", "state_dict": Canary(canary)}, path)
+    with pytest.raises(UserError, match="damaged, or not a checkpoint of tensors"):
+        read_checkpoint(path)
+    assert not canary.exists()
+
+
+def test_one_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    torch.save({"mvsplit": "1", "state_dict": {"a": torch.ones(1000)}}, path)
+    assert read_checkpoint(path)["state_dict"]["a"].sum() == 1000
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.ones(4).numpy().tobytes()) + 400] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="fails its checksum"):
+        read_checkpoint(path)
+
+
+def test_weights_of_another_network_are_named() -> None:
+    ours = {"a": torch.ones(2), "b": torch.ones(3)}
+    check_fits(ours, ours)
+    with pytest.raises(UserError, match="the checkpoint has no 'b'"):
+        check_fits({"a": torch.ones(2)}, ours)
+    with pytest.raises(UserError, match=r"'a' is \(5,\) there and \(2,\) here"):
+        check_fits({"a": torch.ones(5), "b": torch.ones(3)}, ours)
+
+
+def test_cosine_is_a_cosine() -> None:
+    optim = AdamW(warmup_steps=0, schedule="cosine")
+    assert [optim.factor(s, 4) for s in range(5)] == pytest.approx([(1 + math.cos(math.pi * s / 4)) / 2 for s in range(5)])
