@@ -75,7 +75,9 @@ def script(data_dir: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
     def command(name: str, *overrides: str) -> list[str]:
         small = [*SMALL, f"paths.data_dir={data_dir}"] if name == "train.py" else []
-        return [sys.executable, str(SRC / name), *small, f"paths.log_dir={tmp_path}/logs", *overrides]
+        flags = [o for o in overrides if o.startswith("-")]  # Hydra wants them before the overrides
+        rest = [o for o in overrides if not o.startswith("-")]
+        return [sys.executable, str(SRC / name), *flags, *small, f"paths.log_dir={tmp_path}/logs", *rest]
 
     return command
 

@@ -1,0 +1,215 @@
+"""The command line as users type it: real processes, real signals, real mistakes."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import differences, last, state
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+LONG = ["trainer.max_steps=60", "trainer.val_check_interval=20", "callbacks.last.every_n_steps=5"]
+
+
+def runs(tmp_path: Path, task: str = "train") -> list[Path]:
+    return sorted((tmp_path / "logs" / task / "runs").iterdir())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Filled by the first test that needs it: the final state of the run that nobody stopped."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_interrupted_and_continued_ends_with_the_very_weights(
+    script: Callable[..., list[str]],
+    run_script: Run,
+    tmp_path: Path,
+    uninterrupted: dict[str, Any],
+    number: signal.Signals,
+    status: int,
+) -> None:
+    if not uninterrupted:
+        assert run_script("train.py", *LONG, "task_name=whole").returncode == 0
+        uninterrupted |= state(runs(tmp_path, "whole")[0])
+    command = [*script("train.py", *LONG), "ckpt_path=last"]  # the same line at first and afterwards
+    # Ctrl-C reaches a process that was started with the default handler; a shell's background job has it ignored.
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(tmp_path.glob("logs/train/runs/*/checkpoints/last.ckpt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status, output
+    (run,) = runs(tmp_path)
+    stopped_at = last(run)["global_step"]
+    assert 5 <= stopped_at < 60
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert second.returncode == 0, second.stderr
+    assert f"going on from step {stopped_at}" in second.stdout
+    assert runs(tmp_path) == [run]  # in place
+    assert differences(uninterrupted, state(run)) == []
+
+
+def test_last_belongs_to_the_same_command(run_script: Run, tmp_path: Path) -> None:
+    assert run_script("train.py", "trainer.max_steps=2").returncode == 0
+    other = run_script("train.py", "trainer.max_steps=4", "ckpt_path=last")
+    assert other.returncode == 0
+    assert "no earlier run" in other.stdout
+    assert len(runs(tmp_path)) == 2
+
+
+def test_two_ranks_train_like_one(run_script: Run, tmp_path: Path) -> None:
+    assert run_script("train.py", "task_name=one").returncode == 0
+    result = run_script("train.py", "trainer=ddp_sim", "task_name=two")
+    assert result.returncode == 0, result.stderr
+    (one,), (two,) = runs(tmp_path, "one"), runs(tmp_path, "two")  # both ranks share one folder
+    assert last(two)["global_step"] == 6
+    compare_weights(last(one)["state_dict"], last(two)["state_dict"])
+    compare_weights(state(one)["ema"]["shadow"], state(two)["ema"]["shadow"])
+
+
+def compare_weights(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> None:
+    assert expected.keys() == actual.keys()
+    for name, weight in expected.items():
+        # Gradients are summed in another order, and Adam's first steps magnify the difference.
+        torch.testing.assert_close(actual[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_ranks_stop_together(script: Callable[..., list[str]], tmp_path: Path) -> None:
+    """SIGTERM to one process of two: both save, both end, and the run goes on."""
+    command = [*script("train.py", *LONG, "trainer=ddp_sim", "trainer.max_steps=400"), "ckpt_path=last"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(tmp_path.glob("logs/train/runs/*/checkpoints/last.ckpt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    (run,) = runs(tmp_path)
+    assert 5 <= last(run)["global_step"] < 400
+
+
+SHARDED = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+def test_sharded_training_equals_one_process_and_resumes(run_script: Run, tmp_path: Path, strategy: str) -> None:
+    """Losses with trained and averaged weights agree with a single process; a second command goes on."""
+    assert run_script("train.py", "task_name=one", "logger=csv").returncode == 0
+    options = [f"trainer={strategy}", *SHARDED, "logger=csv"]
+    first = run_script("train.py", *options, "task_name=two")
+    assert first.returncode == 0, first.stderr
+    expected, actual = (last_values(runs(tmp_path, task)[0]) for task in ("one", "two"))
+    for name in ("train/loss", "val/loss", "test/loss"):
+        assert actual[name] == pytest.approx(expected[name], rel=1e-4), name
+    # Four steps of it, then the rest in another process: the schedule is told the whole length.
+    cut = ["optim.schedule=constant", "task_name=cut"]
+    assert run_script("train.py", *options, *cut, "trainer.max_steps=4").returncode == 0
+    (run,) = runs(tmp_path, "cut")
+    resumed = run_script("train.py", *options, *cut, f"ckpt_path={run}/checkpoints/last.ckpt")
+    assert resumed.returncode == 0, resumed.stderr
+    whole = run_script("train.py", *options, "optim.schedule=constant", "task_name=whole")
+    assert whole.returncode == 0
+    one, two = last_values(runs(tmp_path, "cut")[1]), last_values(runs(tmp_path, "whole")[0])
+    for name in ("train/loss", "val/loss", "test/loss"):
+        assert one[name] == two[name], name
+
+
+def last_values(run: Path) -> dict[str, float]:
+    import csv
+
+    with (run / "csv" / "metrics.csv").open() as file:
+        values: dict[str, float] = {}
+        for row in csv.DictReader(file):
+            values |= {key: float(value) for key, value in row.items() if value}
+    return values
+
+
+def test_multirun_over_residuals(run_script: Run, tmp_path: Path) -> None:
+    names = ["mvsplit", "post_norm", "pre_norm", "layerscale", "rezero", "deepnorm", "channel_split"]
+    result = run_script("train.py", "-m", f"residual={','.join(names)}", "trainer.max_steps=2")
+    assert result.returncode == 0, result.stderr
+    (sweep,) = (tmp_path / "logs" / "train" / "multiruns").iterdir()
+    for number in range(len(names)):
+        assert last(sweep / str(number))["global_step"] == 2
+
+
+def test_search_returns_the_metric(run_script: Run) -> None:
+    result = run_script("train.py", "hparams_search=lr", "trainer.max_steps=3")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("run finished") == 3
+
+
+def test_a_signal_before_training_ends_the_process(script: Callable[..., list[str]], tmp_path: Path) -> None:
+    process = subprocess.Popen(script("train.py"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    time.sleep(1)  # still importing
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
+
+
+def write_bad_inputs(tmp_path: Path) -> None:
+    (tmp_path / "corrupt.ckpt").write_bytes(os.urandom(1000))
+    torch.save({"state_dict": {"weight": torch.ones(2)}, "epoch": 3}, tmp_path / "foreign.ckpt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    import io
+    import tarfile
+
+    (tmp_path / "unlabelled").mkdir()
+    with tarfile.open(tmp_path / "unlabelled" / "train-0.tar", "w") as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = 10
+        tar.addfile(info, io.BytesIO(bytes(10)))
+
+
+READ_ONLY = "/proc/logs" if os.geteuid() == 0 else "{tmp}/read_only"  # nothing is read-only to root, but /proc is
+BAD_INPUTS = {
+    "unknown key": (["model.deptth=3"], "model.deptth: unknown key; did you mean depth?"),
+    "wrong value": (["residual.mean_update=leky"], "residual.mean_update = 'leky': allowed are"),
+    "unknown option": (["residual=foo"], "Could not find 'residual/foo'; allowed are channel_split, deepnorm"),
+    "missing file": (["ckpt_path={tmp}/none.ckpt"], "none.ckpt: there is no such file"),
+    "corrupt checkpoint": (["ckpt_path={tmp}/corrupt.ckpt"], "corrupt.ckpt: damaged, or not a checkpoint"),
+    "foreign checkpoint": (["ckpt_path={tmp}/foreign.ckpt"], "foreign.ckpt: not a checkpoint of this project"),
+    "read-only log folder": ([f"paths.log_dir={READ_ONLY}"], "logs"),
+    "log folder is a file": (["paths.log_dir={tmp}/file"], "Not a directory"),
+    "empty shard list": (
+        ["data.folder={tmp}/empty", "data.prepare=null"],
+        "no shards match 'train-*.tar' in",
+    ),
+    "no class labels": (["data.folder={tmp}/unlabelled"], "sample 'a' has no class label"),
+    "indivisible image": (["data.image_size=[9,8]"], "must divide the image size [9, 8]"),
+    "no override": (["hello"], "hello: not a key=value override"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_INPUTS)
+def test_bad_input_ends_in_one_line(run_script: Run, tmp_path: Path, kind: str) -> None:
+    write_bad_inputs(tmp_path)
+    (tmp_path / "read_only").mkdir(mode=0o555)
+    overrides, message = BAD_INPUTS[kind]
+    result = run_script("train.py", *(o.format(tmp=tmp_path) for o in overrides))
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("name", ["sample.py", "eval.py"])
+def test_bad_input_to_the_other_scripts(run_script: Run, tmp_path: Path, name: str) -> None:
+    for overrides, message in (([], "train first or give a path"), (["sampler.solver=rk4"], "'heun' or 'multistep'")):
+        result = run_script(name, *overrides)
+        assert result.returncode == 2
+        assert result.stderr.count("\n") == 1
+        assert message in result.stderr
