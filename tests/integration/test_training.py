@@ -194,7 +194,7 @@ def test_sampling_and_judging_a_checkpoint(train_here: Train, tmp_path: Path, da
     import eval as eval_script
     import sample as sample_script
 
-    metrics, objects = train_here()
+    metrics, _ = train_here()
 
     def outputs(name: str, *overrides: str) -> Any:
         (tmp_path / name).mkdir()

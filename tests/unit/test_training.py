@@ -118,4 +118,6 @@ def test_weights_of_another_network_are_named() -> None:
 
 def test_cosine_is_a_cosine() -> None:
     optim = AdamW(warmup_steps=0, schedule="cosine")
-    assert [optim.factor(s, 4) for s in range(5)] == pytest.approx([(1 + math.cos(math.pi * s / 4)) / 2 for s in range(5)])
+    assert [optim.factor(s, 4) for s in range(5)] == pytest.approx(
+        [(1 + math.cos(math.pi * s / 4)) / 2 for s in range(5)]
+    )

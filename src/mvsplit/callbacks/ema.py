@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Lt
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from torch import Tensor, nn
 
 from mvsplit.training.strategies import local_parameters, local_tensors, whole_tensors
@@ -29,14 +29,16 @@ class EMA(Callback):
         self._trained: dict[str, Tensor] | None = None
         self._network: nn.Module | None = None  # whose average this is, once training has begun
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self._network = module.network
         known_values = local_tensors(module.network, self.shadow)
         for name, weight in local_parameters(module.network).items():
             known = known_values.get(name)
-            self.shadow[name] = (weight if known is None else known).detach().to(weight.device, torch.float32, copy=True)
+            self.shadow[name] = (
+                (weight if known is None else known).detach().to(weight.device, torch.float32, copy=True)
+            )
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         if trainer.global_step == self.num_updates:
             return  # a micro-batch without an optimiser step
         self.num_updates = trainer.global_step
@@ -45,7 +47,7 @@ class EMA(Callback):
         torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - decay)
 
     @contextmanager
-    def averaged(self, module: LightningModule) -> Iterator[None]:
+    def averaged(self, module: Any) -> Iterator[None]:
         """The averaged weights in the network, for as long as the context lasts."""
         self._swap_in(module)
         try:
@@ -53,37 +55,37 @@ class EMA(Callback):
         finally:
             self._swap_out(module)
 
-    def _swap_in(self, module: LightningModule) -> None:
+    def _swap_in(self, module: Any) -> None:
         if not self.shadow or self._trained is not None:
             return
         current = local_parameters(module.network)
         self._trained = {name: weight.detach().clone() for name, weight in current.items()}
         self._write(module, self.shadow)
 
-    def _swap_out(self, module: LightningModule) -> None:
+    def _swap_out(self, module: Any) -> None:
         if self._trained is not None:
             self._write(module, self._trained)
             self._trained = None
 
     @staticmethod
     @torch.no_grad()
-    def _write(module: LightningModule, values: dict[str, Tensor]) -> None:
+    def _write(module: Any, values: dict[str, Tensor]) -> None:
         for name, weight in local_parameters(module.network).items():
             weight.copy_(values[name])
 
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, module: Any) -> None:
         self._swap_in(module)
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         self._swap_out(module)
 
-    def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, module: Any) -> None:
         self._swap_in(module)
 
-    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, module: Any) -> None:
         self._swap_out(module)
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
         self._swap_out(module)
 
     def state_dict(self) -> dict[str, Any]:

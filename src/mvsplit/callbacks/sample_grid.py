@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from pydantic import PositiveInt
 
 from mvsplit.utils.images import picture_grid, save_png
@@ -34,15 +34,13 @@ class SampleGrid(Callback):
         self.classes, self.columns, self.batch_size = classes.repeat(rows), columns, batch_size
         self.latest: Path | None = None
 
-    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: Any) -> None:
         if trainer.sanity_checking:
             return
         index = torch.arange(len(self.classes))
         pictures = [
             module.sample(labels, numbers).cpu()
-            for labels, numbers in zip(
-                self.classes.split(self.batch_size), index.split(self.batch_size), strict=True
-            )
+            for labels, numbers in zip(self.classes.split(self.batch_size), index.split(self.batch_size), strict=True)
         ]
         if not trainer.is_global_zero:
             return  # the others took part, for strategies that share the weights out

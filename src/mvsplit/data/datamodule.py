@@ -99,7 +99,9 @@ class ShardDataModule(L.LightningDataModule):
         highest = int(index.rows["label"].max())
         if highest >= self.num_classes:
             shard = index.shards[index.rows["shard"][index.rows["label"].argmax()]]
-            raise UserError(f"data.num_classes = {self.num_classes}: {shard} holds class {highest}, so > {highest} is needed")
+            raise UserError(
+                f"data.num_classes = {self.num_classes}: {shard} holds class {highest}, so > {highest} is needed"
+            )
         return index
 
     def micro_batch(self, accumulate: int) -> int:

@@ -117,7 +117,8 @@ def _read(file: io.BufferedReader, member: tarfile.TarInfo) -> bytes:
 
 def _samples(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """Consecutive members with one key (the path up to the first dot of its last part) are one sample."""
-    key, members, end = "", {}, 0
+    key, end = "", 0
+    members: dict[str, tarfile.TarInfo] = {}
     size = path.stat().st_size
     with tarfile.open(path, "r:") as tar:
         for member in tar:

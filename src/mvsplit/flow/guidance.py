@@ -1,6 +1,6 @@
 """Classifier-free guidance on all channels (Ho and Salimans, 2022), optionally on an interval of times only.
 
-    v = v_null + w·(v_cond − v_null);  w = cfg_scale inside the interval, 1 outside (Kynkäänniemi et al., 2024)
+v = v_null + w·(v_cond − v_null);  w = cfg_scale inside the interval, 1 outside (Kynkäänniemi et al., 2024)
 """
 
 from collections.abc import Callable, Sequence

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def time_shift(t: Tensor, shift: float) -> Tensor:
-    """t' = s·t / (1 + (s − 1)·t): keeps 0 and 1, moves the rest towards noise for s > 1 (paper: s = 4)."""
+    """T' = s·t / (1 + (s − 1)·t): keeps 0 and 1, moves the rest towards noise for s > 1 (paper: s = 4)."""
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -82,7 +82,14 @@ class MergeNorm(torch.autograd.Function):
             part_u += shift_update[:, i, None]
         d_alpha = (length * mean_delta * (mean_update - mean_x)).sum((0, 1))
         d_beta = (delta * update).sum((0, 1)) - (length * mean_delta * mean_update).sum((0, 1))
-        return d_x.to(ctx.x_dtype), d_update.to(update.dtype), d_alpha.to(alpha.dtype), d_beta.to(beta.dtype), None, None
+        return (
+            d_x.to(ctx.x_dtype),
+            d_update.to(update.dtype),
+            d_alpha.to(alpha.dtype),
+            d_beta.to(beta.dtype),
+            None,
+            None,
+        )
 
 
 def merge_norm(x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments, eps: float) -> Tensor:

@@ -66,12 +66,16 @@ class CaptionTable(nn.Module):
         ValueError: if the file or tensor does not hold a three-dimensional table.
     """
 
+    table: Tensor
+
     def __init__(self, width: int, embeddings: Tensor | str | Path) -> None:
         super().__init__()
         if not isinstance(embeddings, Tensor):
             embeddings = _load_embeddings(Path(embeddings))
         if embeddings.ndim != 3:
-            raise ValueError(f"caption table of shape {tuple(embeddings.shape)}: (classes + 1, tokens, width) is needed")
+            raise ValueError(
+                f"caption table of shape {tuple(embeddings.shape)}: (classes + 1, tokens, width) is needed"
+            )
         self.num_tokens = embeddings.shape[1]
         self.null_class = embeddings.shape[0] - 1
         self.register_buffer("table", embeddings.float())
@@ -93,6 +97,8 @@ class SampleEmbeddings(nn.Module):
         width: D. embedding_width: W; 0 means D. num_tokens: S. null_embedding: safetensors file with the key
             `embeddings`, (S, W): the encoded empty caption. Without one, zeros stand for "no caption".
     """
+
+    null: Tensor
 
     def __init__(
         self,

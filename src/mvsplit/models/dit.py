@@ -103,10 +103,9 @@ class DiT(nn.Module):
         self.context = context(width=width)
         self.segments: Segments = (self.rows * self.columns, self.context.num_tokens)
         self.patch_proj = Linear(patch_dim, width, bias=True)
-        self.blocks = nn.ModuleList(
-            Block(width, depth, num_heads, hidden or 3 * width, residual, qk_eps) for _ in range(depth)
-        )
-        self.normalise_output = not self.blocks[-1].residual2.normalises_output
+        blocks = [Block(width, depth, num_heads, hidden or 3 * width, residual, qk_eps) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.normalise_output = not blocks[-1].residual2.normalises_output
         # Not stated in the paper: we start from a zero velocity, as diffusion transformers commonly do.
         self.final_proj = Linear(width, patch_dim, bias=True, std=0)
         cos, sin = rope_table(self.rows, self.columns, width // num_heads, rope_theta)
@@ -123,7 +122,7 @@ class DiT(nn.Module):
             raise ValueError(f"model.width = {width}: must be divisible by model.num_heads = {num_heads}")
         if width // num_heads % 4:
             raise ValueError(
-                f"model.num_heads = {num_heads}: width / num_heads = {width // num_heads} must be divisible by 4 for RoPE"
+                f"model.num_heads = {num_heads}: width / num_heads = {width // num_heads} must be divisible by 4"
             )
 
     def forward(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:

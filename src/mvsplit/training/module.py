@@ -61,7 +61,7 @@ class FlowModule(L.LightningModule):
                 self.network = self.make_network()
             shard_network(self, self.network)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         # max_steps, not estimated_stepping_batches: asking for that sets up the data and drops its restored state.
         optimizer, scheduler = self.optim.build(self.network.parameters(), self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -114,9 +114,10 @@ class FlowModule(L.LightningModule):
         losses, t = self.validation_losses(batch)
         bins = self.bin_of(t)
         for i, metric in enumerate(self.mean_loss):
+            assert isinstance(metric, MeanMetric)
             weight = batch["weight"] * (bins == i - 1) if i else batch["weight"]
             metric.update(losses, weight)
-            if i == 0 or metric.weight > 0 or self.trainer.world_size > 1:
+            if i == 0 or bool(metric.weight > 0) or self.trainer.world_size > 1:
                 name = self.bin_name(i - 1) if i else "loss"
                 self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=i == 0)
 

@@ -51,7 +51,7 @@ class AdamW:
             {"params": [p for p in trainable if num_dims(p) == 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trainable if num_dims(p) != 2], "weight_decay": 0.0},
         ]
-        betas = tuple(self.betas) if self.betas else (0.9, 0.999)
+        betas = (self.betas[0], self.betas[1]) if self.betas else (0.9, 0.999)
         groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))

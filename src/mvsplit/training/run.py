@@ -169,7 +169,7 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
 def show_summary(trainer: Trainer, metrics: dict[str, float], output_dir: Path, log_dir: Path) -> None:
     """The table at the end of a run: metrics, where everything is, and the command that shows the log."""
     rows = {name: f"{value:.4g}" for name, value in sorted(metrics.items()) if "loss_t_" not in name}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:
         if isinstance(callback, LastCheckpoint):
             rows["last checkpoint"] = str(callback.folder / "last.ckpt")
         elif getattr(callback, "best_model_path", ""):

@@ -52,7 +52,11 @@ def whole_tensors(network: nn.Module, local: dict[str, Tensor]) -> dict[str, Ten
     for name, parameter in network.named_parameters():
         if isinstance(parameter, DTensor) and name in local:
             shards = DTensor.from_local(
-                local[name], parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+                local[name],
+                parameter.device_mesh,
+                parameter.placements,
+                shape=parameter.shape,
+                stride=parameter.stride(),
             )
             whole[name] = shards.full_tensor()
         elif name in local:
@@ -66,9 +70,7 @@ def local_tensors(network: nn.Module, whole: dict[str, Tensor]) -> dict[str, Ten
     for name, parameter in network.named_parameters():
         if isinstance(parameter, DTensor) and name in whole:
             full = whole[name].to(parameter.device)
-            local[name] = distribute_tensor(
-                full, parameter.device_mesh, parameter.placements
-            ).to_local()
+            local[name] = distribute_tensor(full, parameter.device_mesh, parameter.placements).to_local()
     return local
 
 
@@ -88,7 +90,7 @@ class FSDP2(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
-    def shard(self, network: nn.Module) -> None:
+    def shard(self, network: Any) -> None:
         """Shard a network whose `blocks` are a list, over all ranks."""
         mesh = self.device_mesh["data_parallel"]
         blocks = list(network.blocks)
