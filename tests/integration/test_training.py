@@ -224,3 +224,12 @@ def test_sampling_and_judging_a_checkpoint(train_here: Train, tmp_path: Path, da
     assert json.loads((tmp_path / "e" / "metrics.json").read_text())["step"] == 6
     with pytest.raises(UserError, match=r"classes = 12: the network knows 0 … 9"):
         sample_script.sample(outputs("s_bad", "classes=[12]"))
+
+
+def test_mixed_precision_trains(train_here: Train) -> None:
+    exact, _ = train_here("trainer.max_steps=20", "trainer.val_check_interval=20")
+    mixed, _ = train_here(
+        "trainer.max_steps=20", "trainer.val_check_interval=20", "trainer.precision=bf16-mixed", run="b"
+    )
+    assert mixed["val/loss"] == pytest.approx(exact["val/loss"], rel=0.02)
+    assert mixed["val/loss"] != exact["val/loss"]

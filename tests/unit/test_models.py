@@ -32,7 +32,7 @@ def rotate_slowly(x: list[float], row: int, column: int, theta: float = 10000.0)
 def test_rope_equals_rotation_plane_by_plane() -> None:
     rows, columns, head_dim, context = 3, 5, 8, 2
     x = torch.randn(2, 2, rows * columns + context, head_dim)
-    out = apply_rope(x, *rope_table(rows, columns, head_dim, theta=100.0))
+    out = apply_rope(x, *rope_table(rows, columns, head_dim, 100.0, context))
     for token in range(rows * columns):
         expected = rotate_slowly(x[1, 0, token].tolist(), token // columns, token % columns, 100.0)
         assert out[1, 0, token].tolist() == pytest.approx(expected, abs=1e-5)
@@ -67,7 +67,7 @@ def test_attention_equals_a_loop_over_heads_and_tokens() -> None:
             q, k = turned_and_normalised(q), turned_and_normalised(k)  # RoPE first, then the norm
             heads.append(torch.softmax(q @ k.T / math.sqrt(head_dim), dim=-1) @ v)
         expected[b] = torch.cat(heads, dim=-1) @ attention.proj.weight.T
-    cos, sin = rope_table(rows, columns, head_dim)
+    cos, sin = rope_table(rows, columns, head_dim, num_context=1)
     torch.testing.assert_close(attention(x, cos, sin), expected, rtol=1e-6, atol=1e-6)  # the table is float32
 
 

@@ -179,3 +179,16 @@ def test_usable_in_any_transformer(make: type[Residual]) -> None:
     trained = [update, *residual.parameters()]
     gradients = torch.autograd.grad((out * torch.randn_like(out)).sum(), trained)
     assert all(g.isfinite().all() for g in gradients)
+
+
+def test_mixed_precision_promotes_like_the_plain_form() -> None:
+    """Under autocast the trunk is float32 and the update bfloat16."""
+    x, update = (t.float() for t in tensors((5, 3)))
+    residual = MVSplit(D, alpha_init=0.4, beta_init=0.7)
+    mixed = update.bfloat16().requires_grad_()
+    out = residual(x, mixed, (5, 3))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, residual(x, mixed.float(), (5, 3)))
+    out.square().sum().backward()
+    assert mixed.grad is not None
+    assert mixed.grad.dtype == torch.bfloat16

@@ -23,9 +23,10 @@ Segments = tuple[int, ...]
 """Lengths of the consecutive token segments, e.g. (image tokens, context tokens); they add up to T."""
 
 
-def segment_mean(x: Tensor, segments: Segments) -> Tensor:
-    """Mean of each segment's tokens: (B, T, D) → (B, S, D). An empty segment's mean is zero."""
-    return torch.stack([s.mean(1) if s.shape[1] else s.sum(1) for s in x.split(segments, dim=1)], dim=1)
+def segment_mean(x: Tensor, segments: Segments, dtype: torch.dtype | None = None) -> Tensor:
+    """Mean of each segment's tokens: (B, T, D) → (B, S, D), in `dtype` or x's. An empty segment's mean is zero."""
+    parts = x.split(segments, dim=1)
+    return torch.stack([s.mean(1, dtype=dtype) if s.shape[1] else s.sum(1, dtype=dtype) for s in parts], dim=1)
 
 
 def spread(means: Tensor, segments: Segments) -> Tensor:
@@ -55,11 +56,9 @@ class MergeNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments, eps: float
     ) -> Tensor:
-        mean_update, mean_x = segment_mean(update, segments), segment_mean(x, segments)  # (B, S, D)
-        row = (alpha - beta) * mean_update - alpha * mean_x
-        z = x + beta * update
-        for part, shift in zip(z.split(segments, dim=1), row.unbind(1), strict=True):
-            part += shift[:, None]
+        mean_update, mean_x = segment_mean(update, segments, x.dtype), segment_mean(x, segments)  # (B, S, D)
+        z = torch.addcmul(x, beta, update)
+        _add_rows(z, (alpha - beta) * mean_update - alpha * mean_x, segments)
         r = (z.square().mean(-1, keepdim=True) + eps).rsqrt()  # (B, T, 1)
         ctx.save_for_backward(z, r, update, mean_update, mean_x, alpha, beta)
         ctx.segments, ctx.x_dtype = segments, x.dtype
@@ -71,17 +70,13 @@ class MergeNorm(torch.autograd.Function):
         z, r, update, mean_update, mean_x, alpha, beta = ctx.saved_tensors
         segments = ctx.segments
         inner = (g * z).mean(-1, keepdim=True)  # ⟨g, Z⟩/D
-        delta = r * g - z * (r**3 * inner)
+        delta = torch.addcmul(r * g, z, r**3 * inner, value=-1)
         mean_delta = segment_mean(delta, segments)  # (B, S, D)
-        length = mean_delta.new_tensor(segments)[:, None]  # (S, 1): tokens per segment
-        d_x = delta.clone()
-        d_update = beta * delta
-        shift_x, shift_update = -alpha * mean_delta, (alpha - beta) * mean_delta
-        for i, (part_x, part_u) in enumerate(zip(d_x.split(segments, 1), d_update.split(segments, 1), strict=True)):
-            part_x += shift_x[:, i, None]
-            part_u += shift_update[:, i, None]
-        d_alpha = (length * mean_delta * (mean_update - mean_x)).sum((0, 1))
-        d_beta = (delta * update).sum((0, 1)) - (length * mean_delta * mean_update).sum((0, 1))
+        sum_delta = mean_delta * mean_delta.new_tensor(segments)[:, None]  # over each segment's tokens
+        d_alpha = (sum_delta * (mean_update - mean_x)).sum((0, 1))
+        d_beta = (delta * update).sum((0, 1)) - (sum_delta * mean_update).sum((0, 1))
+        d_update = _add_rows(beta * delta, (alpha - beta) * mean_delta, segments)
+        d_x = _add_rows(delta, -alpha * mean_delta, segments)
         return (
             d_x.to(ctx.x_dtype),
             d_update.to(update.dtype),
@@ -90,6 +85,13 @@ class MergeNorm(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _add_rows(x: Tensor, rows: Tensor, segments: Segments) -> Tensor:
+    """Add to every token (B, T, D), in place, its segment's row (B, S, D)."""
+    for part, row in zip(x.split(segments, dim=1), rows.unbind(1), strict=True):
+        part += row[:, None]
+    return x
 
 
 def merge_norm(x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments, eps: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Multi-head self-attention as the paper has it: RoPE first, then QK-norm without weights, no biases.
 
-Shapes: B batch, T tokens, D width, H heads, E head dimension (D/H), I image tokens.
+Shapes: B batch, T tokens, D width, H heads, E head dimension (D/H).
 """
 
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Attention(nn.Module):
         self.proj = Linear(width, width, std=writer_std)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attend. x: (B, T, D); cos, sin: (I, E/2) from `rope_table`. Returns (B, T, D)."""
+        """Attend. x: (B, T, D); cos, sin: (T, E) from `rope_table`. Returns (B, T, D)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, E)
         qk = qkv[:, :, :2].permute(2, 0, 3, 1, 4).flatten(0, 1)  # (2B, H, T, E): one pass for both
         q, k = rms_norm(apply_rope(qk, cos, sin), self.qk_eps).chunk(2)  # (B, H, T, E) each

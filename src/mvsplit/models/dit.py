@@ -108,8 +108,8 @@ class DiT(nn.Module):
         self.normalise_output = not blocks[-1].residual2.normalises_output
         # Not stated in the paper: we start from a zero velocity, as diffusion transformers commonly do.
         self.final_proj = Linear(width, patch_dim, bias=True, std=0)
-        cos, sin = rope_table(self.rows, self.columns, width // num_heads, rope_theta)
-        self.register_buffer("cos", cos, persistent=False)  # (I, D/H/2)
+        cos, sin = rope_table(self.rows, self.columns, width // num_heads, rope_theta, self.context.num_tokens)
+        self.register_buffer("cos", cos, persistent=False)  # (T, D/H)
         self.register_buffer("sin", sin, persistent=False)
 
     @staticmethod

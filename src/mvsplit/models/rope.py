@@ -1,20 +1,22 @@
 """Two-dimensional rotary position embedding (paper: θ = 10000, half of each head for rows, half for columns).
 
-Shapes: B batch, H heads, T tokens, I image tokens (rows·columns), E head dimension.
+Shapes: B batch, H heads, T tokens (image, then context), E head dimension.
 """
 
 import torch
 from torch import Tensor
 
 
-def rope_table(rows: int, columns: int, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for a rows × columns grid of tokens in raster order.
+def rope_table(
+    rows: int, columns: int, head_dim: int, theta: float = 10000.0, num_context: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for a rows × columns grid of image tokens in raster order, then context tokens.
 
-    Of the head_dim/2 rotation planes the first half turns with the row, the second with the column, each with
-    frequencies θ^(−k/(head_dim/4)), k = 0 … head_dim/4 − 1.
+    Channel i turns in a plane with channel i + E/2. Of these E/2 planes the first half turns with the row, the second
+    with the column, each with frequencies θ^(−k/(E/4)), k = 0 … E/4 − 1. Context tokens are not turned.
 
     Returns:
-        Two float32 tensors (I, head_dim/2).
+        Two float32 tensors (T, E). The sine's first half is negative: see `apply_rope`.
 
     Raises:
         ValueError: if head_dim is not divisible by 4.
@@ -25,18 +27,18 @@ def rope_table(rows: int, columns: int, head_dim: int, theta: float = 10000.0) -
     frequency = theta ** (-torch.arange(planes, dtype=torch.float64) / planes)
     row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
     column = torch.arange(columns, dtype=torch.float64).repeat(rows)
-    angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)  # (I, E/2)
-    return angle.cos().float(), angle.sin().float()
+    angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)  # (rows·columns, E/2)
+    angle = torch.cat([angle, angle.new_zeros(num_context, 2 * planes)])  # (T, E/2)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the planes (i, i + E/2) of the first I tokens; the tokens after them (context) stay as they are.
+    """Rotate each plane (i, i + E/2): (a, b) → (a·cos − b·sin, b·cos + a·sin).
 
     Args:
-        x: (B, H, T, E) queries or keys, T ≥ I. cos, sin: (I, E/2) from `rope_table`.
+        x: (B, H, T, E) queries or keys. cos, sin: (T, E) from `rope_table`.
     """
-    num_image = cos.shape[0]
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x[..., :num_image, :].chunk(2, dim=-1)  # (B, H, I, E/2)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([turned, x[..., num_image:, :]], dim=-2)
+    first, second = x.chunk(2, dim=-1)
+    swapped = torch.cat([second, first], dim=-1)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))

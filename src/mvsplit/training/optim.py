@@ -53,7 +53,8 @@ class AdamW:
         ]
         betas = (self.betas[0], self.betas[1]) if self.betas else (0.9, 0.999)
         groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)
+        # Not fused: Lightning does not clip the gradients of a fused optimiser under mixed precision.
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, foreach=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
 
 
