@@ -11,6 +11,7 @@ from mvsplit.training import run
 from mvsplit.utils import entry
 from mvsplit.utils.config import build, build_each, check_config, to_plain
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.loggers import TensorBoard
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
@@ -44,7 +45,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         "trainer": trainer,
     }
     run.save_config(config, output_dir)
-    run.log_config(trainer, config)
+    for logger in loggers:
+        if isinstance(logger, TensorBoard):
+            logger.log_config(config, trainer.global_step)
 
     metrics: dict[str, float] = {}
     if config["train"]:
@@ -58,7 +61,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         trainer.test(module, datamodule=datamodule, ckpt_path=resumed, verbose=False, weights_only=True)
         metrics |= run.plain_metrics(trainer)
     if config["train"] and not run.stop_signal(callbacks):
-        run.log_hparams(trainer, config, metrics)
+        for logger in loggers:
+            if isinstance(logger, TensorBoard):
+                logger.log_result(config, metrics)
         run.show_summary(trainer, metrics, output_dir, Path(config["paths"]["log_dir"]) / config["task_name"])
     for logger in loggers:
         logger.finalize("success")

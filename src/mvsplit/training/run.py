@@ -11,13 +11,13 @@ import yaml
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import NonNegativeInt
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from mvsplit.callbacks.last_checkpoint import LastCheckpoint
 from mvsplit.callbacks.sample_grid import SampleGrid
 from mvsplit.training.checkpoints import read_checkpoint
 from mvsplit.utils.console import say, show_table
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.loggers import TensorBoard
 from mvsplit.utils.runs import last_checkpoint
 
 Group = dict[str, Any]
@@ -109,7 +109,7 @@ def prepare_resume(config: Group, output_dir: Path) -> Path | None:
     step = read_checkpoint(path)["global_step"]
     rank_zero_only(say)(f"going on from step {step} of {path}")
     for logger in (config["logger"] or {}).values():
-        if logger and logger["_target_"].endswith("TensorBoardLogger"):
+        if logger and logger["_target_"].endswith(".TensorBoard"):
             logger["purge_step"] = step  # what a killed run logged after this checkpoint is drawn once
     return path.resolve()
 
@@ -131,40 +131,6 @@ def save_config(config: Group, output_dir: Path) -> None:
     partial.replace(output_dir / "config.yaml")
 
 
-def _writers(trainer: Trainer) -> list[SummaryWriter]:
-    return [w for logger in trainer.loggers if isinstance(w := getattr(logger, "experiment", None), SummaryWriter)]
-
-
-@rank_zero_only
-def log_config(trainer: Trainer, config: Group) -> None:
-    """The resolved config as a text in TensorBoard."""
-    for writer in _writers(trainer):
-        text = to_yaml(config)
-        writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), trainer.global_step)
-
-
-@rank_zero_only
-def log_hparams(trainer: Trainer, config: Group, metrics: dict[str, float]) -> None:
-    """One row in TensorBoard's HParams tab: every number, switch and name of the config, and the final metrics."""
-    groups = ("seed", "data", "model", "residual", "flow", "sampler", "optim", "trainer")
-    hparams = flatten({key: config[key] for key in groups})
-    for logger in trainer.loggers:
-        if isinstance(getattr(logger, "experiment", None), SummaryWriter):
-            logger.log_hyperparams(hparams, {f"hparam/{key}": value for key, value in metrics.items()})
-        else:
-            logger.log_hyperparams(hparams)
-
-
-def flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    """Nested dicts to dotted keys; lists become text."""
-    if not isinstance(tree, dict):
-        return {path: tree if isinstance(tree, int | float | str | bool) else str(tree)}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{path}.{key}" if path else key)
-    return flat
-
-
 @rank_zero_only
 def show_summary(trainer: Trainer, metrics: dict[str, float], output_dir: Path, log_dir: Path) -> None:
     """The table at the end of a run: metrics, where everything is, and the command that shows the log."""
@@ -177,6 +143,6 @@ def show_summary(trainer: Trainer, metrics: dict[str, float], output_dir: Path, 
         elif isinstance(callback, SampleGrid) and callback.latest:
             rows["pictures"] = str(callback.latest)
     rows["log"] = str(output_dir)
-    if _writers(trainer):
+    if any(isinstance(logger, TensorBoard) for logger in trainer.loggers):
         rows["watch"] = f"tensorboard --logdir {log_dir}"
     show_table("run finished", rows)

@@ -31,7 +31,6 @@ EXTERNAL = {
     "lightning.pytorch.callbacks.ModelCheckpoint",
     "lightning.pytorch.callbacks.ModelSummary",
     "lightning.pytorch.loggers.CSVLogger",
-    "lightning.pytorch.loggers.TensorBoardLogger",
     "lightning.pytorch.strategies.DDPStrategy",
 }
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}

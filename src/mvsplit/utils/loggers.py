@@ -1,0 +1,53 @@
+"""TensorBoard as this project uses it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's logger without its `epoch` curve (runs are counted in steps), and with the config shown whole.
+
+    Args:
+        folder: where the event files go.
+        purge_step: a resumed run's first step; what was logged from there on before is not drawn twice.
+    """
+
+    def __init__(self, folder: str, purge_step: int | None = None) -> None:
+        super().__init__(folder, name="", version="", default_hp_metric=False, purge_step=purge_step)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    @rank_zero_only
+    def log_config(self, config: dict[str, Any], step: int) -> None:
+        """The resolved config as a text."""
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        self.experiment.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), step)
+
+    @rank_zero_only
+    def log_result(self, config: dict[str, Any], metrics: Mapping[str, float]) -> None:
+        """One row in the HParams tab: what runs differ in, and how they ended."""
+        groups = ("seed", "residual", "model", "flow", "sampler", "optim", "data", "trainer")
+        hparams: dict[str, Any] = {}
+        for group in groups:
+            hparams |= _flatten(config[group], group)
+        results = ("train/loss", "val/loss", "test/loss", "time/images_per_s")
+        row = {f"hparam/{name}": metrics[name] for name in results if name in metrics}
+        self.log_hyperparams(hparams, row, 0)
+
+
+def _flatten(tree: Any, path: str) -> dict[str, Any]:
+    """Nested dicts to dotted keys of numbers, switches and names; a class stands under its node's key."""
+    if isinstance(tree, dict):
+        flat = {path: tree["_target_"].rpartition(".")[2]} if "_target_" in tree else {}
+        for key, value in tree.items():
+            if key not in ("_target_", "_partial_") and f"{path}.{key}" not in ("model.residual", "data.prepare"):
+                flat |= _flatten(value, f"{path}.{key}")
+        return flat
+    if tree is None or (isinstance(tree, str) and "/" in tree):  # not set, or a path of this machine
+        return {}
+    return {path: tree if isinstance(tree, int | float | str) else str(tree)}
