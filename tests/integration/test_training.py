@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import compose_config
 from lightning import Callback
+from torch.nn import functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mvsplit.training.module as module_file
@@ -119,6 +120,25 @@ def test_stopped_at_any_step_and_resumed_is_uninterrupted(
     assert objects["trainer"].global_step == step + 1
     monkeypatch.setattr(train, "build_each", build_each)
     train_here(*options, "ckpt_path=last", run="cut")
+    assert differences(state(tmp_path / "whole"), state(tmp_path / "cut")) == []
+
+
+def test_a_network_with_dropout_resumes_to_the_bit(
+    train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork's stateful random numbers: the global generator too is a function of the place in the stream."""
+    import train
+    from mvsplit.models.layers import SwiGLU
+
+    plain = SwiGLU.forward
+    monkeypatch.setattr(SwiGLU, "forward", lambda self, x: F.dropout(plain(self, x), 0.3, self.training))
+    train_here(run="whole")
+    build_each, stop = train.build_each, Stop(3, signal.SIGTERM)
+    monkeypatch.setattr(train, "build_each", lambda nodes: build_each(nodes) + [stop] * ("ema" in nodes))
+    train_here(run="cut")
+    monkeypatch.setattr(train, "build_each", build_each)
+    torch.manual_seed(12345)  # another process would be elsewhere
+    train_here("ckpt_path=last", run="cut")
     assert differences(state(tmp_path / "whole"), state(tmp_path / "cut")) == []
 
 

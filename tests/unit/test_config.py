@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import compose_config
 from lightning import Trainer
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from mvsplit.training import run
 from mvsplit.utils.config import EXTERNAL, build, build_each, check_config, to_plain
@@ -56,11 +58,21 @@ def test_every_config_composes_and_builds(group: str, option: str) -> None:
             assert isinstance(build(settings), Trainer)
     if group != "model" or int(config["model"]["depth"]) < 28:
         return
-    import torch
-
     with torch.device("meta"):
         network = build(config["model"])()
     assert len(network.blocks) == config["model"]["depth"]
+
+
+def test_every_context_composes_and_builds(tmp_path: Path) -> None:
+    save_file({"embeddings": torch.randn(11, 3, 7)}, tmp_path / "table.safetensors")
+    table = f"model.context.embeddings={tmp_path}/table.safetensors"
+    contexts = {"class_tokens": [], "caption_table": [table], "sample_embeddings": []}
+    assert {f.stem for f in (CONFIGS / "model" / "context").glob("*.yaml")} == set(contexts)
+    for name, overrides in contexts.items():
+        network = build(checked("model=tiny", f"model/context={name}", *overrides)["model"])()
+        assert network.segments[1] == {"class_tokens": 4, "caption_table": 3, "sample_embeddings": 256}[name]
+    with pytest.raises(UserError, match=r"embeddings"):
+        checked("model/context=caption_table")
 
 
 @pytest.mark.parametrize("group", ["logger", "callbacks"])

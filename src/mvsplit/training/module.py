@@ -24,6 +24,11 @@ from mvsplit.utils.rng import Stream, normal, step_seed
 Batch = dict[str, Tensor]
 
 
+def condition_of(batch: Batch) -> Tensor:
+    """What the network is told about each sample: the batch's `condition` if it has one, else its class."""
+    return batch.get("condition", batch["label"])
+
+
 class FlowModule(L.LightningModule):
     """Trains a velocity network by flow matching.
 
@@ -80,7 +85,7 @@ class FlowModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x0 = batch["image"]
         x1, t, mask = self.flow.draw(self.seed, batch["position"], x0)
-        condition = self.network.drop(batch["label"], mask)
+        condition = self.network.drop(condition_of(batch), mask)
         losses = velocity_loss(self.network, x0, x1, t, condition)  # (B,)
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x0), sync_dist=self.trainer.world_size > 1)
@@ -108,7 +113,7 @@ class FlowModule(L.LightningModule):
         x1 = normal(self.seed, Stream.VAL_NOISE, index, x0.shape[1:]).to(x0.dtype)
         t = (index % self.val_times + 0.5) / self.val_times
         t = time_shift(t.float(), self.flow.time_shift)
-        return velocity_loss(self.network, x0, x1, t, batch["label"]), t
+        return velocity_loss(self.network, x0, x1, t, condition_of(batch)), t
 
     def validation_step(self, batch: Batch, batch_idx: int, stage: str = "val") -> None:
         losses, t = self.validation_losses(batch)
