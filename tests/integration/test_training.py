@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import compose_config
 from lightning import Callback
-from torch.nn import functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
 
 import mvsplit.training.module as module_file
 from mvsplit.utils.errors import UserError
