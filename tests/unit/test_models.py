@@ -145,9 +145,9 @@ def test_each_module_initialises_its_own_parameters() -> None:
     block = network.blocks[0]
     assert not block.attention.proj.weight.any()
     assert not block.ffn.w2.weight.any()
-    assert block.attention.qkv.weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert block.attention.qkv.weight.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
     assert not network.patch_proj.bias.any()
-    assert tiny(functools.partial(MVSplit, writer_init="standard")).blocks[0].ffn.w2.weight.std() > 0.1
+    assert tiny(functools.partial(MVSplit, writer_init="standard")).blocks[0].ffn.w2.weight.std() > 0.05
 
 
 @pytest.mark.parametrize(

@@ -146,15 +146,15 @@ def test_no_update_changes_nothing_but_the_scale(make: type[Residual]) -> None:
         (PostNorm, 0.0),
         (MVSplit, 0.0),
         (ChannelSplit, 0.0),
-        (PreNorm, 0.25),
-        (ReZero, 0.25),
+        (PreNorm, 48**-0.5),
+        (ReZero, 48**-0.5),
         (LayerScale, 0.02),
-        (DeepNorm, 0.25 * (8 * 32) ** -0.25),
+        (DeepNorm, 48**-0.5 * (8 * 32) ** -0.25),
     ],
 )
 def test_default_writer_initialisation(make: type[Residual], expected: float) -> None:
     assert make(D, depth=32).writer_std(16) == pytest.approx(expected)
-    assert make(D, depth=32, writer_init="standard").writer_std(16) == pytest.approx(0.25)
+    assert make(D, depth=32, writer_init="standard").writer_std(16) == pytest.approx(48**-0.5)
 
 
 def test_auto_gain_is_one_over_root_depth() -> None:

@@ -17,15 +17,26 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
+def standard_std(fan_in: int) -> float:
+    """1/√(3·fan_in): the scale of PyTorch's own linear layers. The paper does not state its initialisation.
+
+    It matters at depth: with 1/√fan_in a Post-Norm stack of 200 blocks with zero writers collapses within 20 steps of
+    warm-up; with this scale it learns first and collapses later, as the paper describes.
+    """
+    return (3 * fan_in) ** -0.5
+
+
 class Linear(nn.Linear):
     """Linear map whose weight is drawn from N(0, std²); biases start at zero.
 
     Args:
-        std: standard deviation of the initial weight; None means 1/√in_features, 0 gives exact zeros.
+        std: standard deviation of the initial weight; None means `standard_std`, 0 gives exact zeros.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, std: float | None = None) -> None:
-        self.init_std = in_features**-0.5 if std is None else std  # read by reset_parameters, which super() calls
+        self.init_std = (
+            standard_std(in_features) if std is None else std
+        )  # read by reset_parameters, which super() calls
         super().__init__(in_features, out_features, bias=bias)
 
     @torch.no_grad()

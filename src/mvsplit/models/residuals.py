@@ -12,7 +12,7 @@ A subclass takes the base's arguments too (`**common`).
 Each residual also says how the branch's last matrix (its "writer": W_O, W_2) starts:
 
     zero      the branch adds nothing at first        normal    N(0, 0.02²), the paper's LayerScale runs
-    standard  N(0, 1/fan_in)                          deepnorm  standard × (8·depth)^(−1/4)
+    standard  N(0, 1/(3·fan_in)), PyTorch's scale     deepnorm  standard × (8·depth)^(−1/4)
 """
 
 from typing import Annotated, Any, Literal
@@ -23,7 +23,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from mvsplit.kernels.merge_norm import Segments, merge_norm, merge_reference, segment_mean, spread
-from mvsplit.models.layers import rms_norm
+from mvsplit.models.layers import rms_norm, standard_std
 
 WriterInit = Literal["zero", "normal", "standard", "deepnorm"]
 Branch = Literal["attention", "ffn"]
@@ -63,8 +63,8 @@ class Residual(nn.Module):
         return {
             "zero": 0.0,
             "normal": 0.02,
-            "standard": fan_in**-0.5,
-            "deepnorm": fan_in**-0.5 * (8 * self.depth) ** -0.25,
+            "standard": standard_std(fan_in),
+            "deepnorm": standard_std(fan_in) * (8 * self.depth) ** -0.25,
         }[self.writer_init]
 
     def branch_input(self, x: Tensor) -> Tensor:
