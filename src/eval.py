@@ -1,5 +1,9 @@
 """Judge a checkpoint: `python src/eval.py [ckpt_path=…] [weights=raw] [sampler.cfg_scale=1]`."""
 
+import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
+
+# isort: split
+
 import json
 from dataclasses import dataclass
 from pathlib import Path

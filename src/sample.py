@@ -1,5 +1,9 @@
 """Draw pictures from a checkpoint: `python src/sample.py [ckpt_path=…] [classes=[3,7]] [count=8] [sampler=heun]`."""
 
+import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
+
+# isort: split
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal

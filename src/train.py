@@ -1,5 +1,9 @@
 """Train: `python src/train.py [experiment=NAME] [key=value …]`. Every config key is explained in `configs/`."""
 
+import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
+
+# isort: split
+
 import sys
 from pathlib import Path
 from typing import Any
