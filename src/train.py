@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from omegaconf import DictConfig
 
 from mvsplit.training import run
@@ -31,6 +32,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     config = to_plain(cfg)
     check_config(config, run.TrainConfig)
     run.check_together(config)
+    run.check_machine(config)
     run.apply_extras(config)
     output_dir = Path(config["paths"]["output_dir"])
     ckpt_path = run.prepare_resume(config, output_dir)
@@ -39,7 +41,13 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     module = build(config["module"])
     callbacks = build_each(config["callbacks"])
     loggers = build_each(config["logger"])
-    trainer: L.Trainer = build(config["trainer"] | {"callbacks": callbacks, "logger": loggers or False})
+    settings = {
+        "callbacks": callbacks,
+        "logger": loggers or False,
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),  # ours, or none
+        "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),
+    }
+    trainer: L.Trainer = build(config["trainer"] | settings)
     objects = {
         "config": config,
         "datamodule": datamodule,
@@ -57,7 +65,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     if config["train"]:
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
         metrics |= run.plain_metrics(trainer)
-    if config["test"] and not run.stop_signal(callbacks) and not trainer.fast_dev_run:
+    if config["test"] and not run.stop_signal(callbacks):
         if not config["train"] and ckpt_path is None:
             raise UserError("test = true: without training, ckpt_path must name the checkpoint to test")
         # The weights at hand are the last, or, without training, those of the checkpoint.

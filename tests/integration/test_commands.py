@@ -213,3 +213,23 @@ def test_bad_input_to_the_other_scripts(run_script: Run, tmp_path: Path, name: s
         assert result.returncode == 2
         assert result.stderr.count("\n") == 1
         assert message in result.stderr
+
+
+def test_an_interrupted_sweep_goes_on(script: Callable[..., list[str]], tmp_path: Path) -> None:
+    command = script("train.py", "-m", "residual=mvsplit,rezero", *LONG, "ckpt_path=last")
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(tmp_path.glob("logs/train/multiruns/*/0/checkpoints/last.ckpt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    # Stopping means stopping: no validation, no pictures after the signal.
+    (sweep,) = (tmp_path / "logs" / "train" / "multiruns").iterdir()
+    stopped_at = last(sweep / "0")["global_step"]
+    assert stopped_at < 60
+    assert not list((sweep / "0" / "samples").glob(f"step_{stopped_at:08d}.png")) or stopped_at % 20 == 0
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert list((tmp_path / "logs" / "train" / "multiruns").iterdir()) == [sweep]
+    assert [last(sweep / job)["global_step"] for job in ("0", "1")] == [60, 60]

@@ -253,3 +253,17 @@ def test_mixed_precision_trains(train_here: Train) -> None:
     )
     assert mixed["val/loss"] == pytest.approx(exact["val/loss"], rel=0.02)
     assert mixed["val/loss"] != exact["val/loss"]
+
+
+def test_callbacks_and_loggers_switched_off(train_here: Train, tmp_path: Path) -> None:
+    from hydra import compose, initialize_config_dir
+
+    import train
+    from mvsplit.utils.runs import PROJECT_ROOT
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT_ROOT / "configs")):
+        cfg = compose("train.yaml", ["~callbacks", "~logger", "model=tiny", "trainer.max_steps=2",
+                                     "trainer.accelerator=cpu", f"paths.output_dir={tmp_path}"])  # fmt: skip
+    _, objects = train.train(cfg)
+    assert objects["trainer"].global_step == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}

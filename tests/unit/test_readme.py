@@ -47,11 +47,7 @@ def test_the_example_residual_works(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code is not None
     assert config is not None
     module = types.ModuleType("mvsplit.models.half")
-    imports = (
-        "from typing import Any\nfrom pydantic import PositiveFloat, PositiveInt\nfrom torch import Tensor\n"
-        "from mvsplit.kernels.merge_norm import Segments\nfrom mvsplit.models.residuals import Residual\n"
-    )
-    exec(imports + code[1], module.__dict__)
+    exec(code[1], module.__dict__)
     monkeypatch.setitem(sys.modules, "mvsplit.models.half", module)
     residual = module.Half(4, strength=0.1)
     x = torch.tensor([[[1.0, 1.0, -1.0, 1.0]]])

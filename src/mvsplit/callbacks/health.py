@@ -38,7 +38,7 @@ class NonFiniteStop(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         finite = bool(self._loss.isfinite())
-        if gradients:  # DeepSpeed keeps its own
+        if gradients:  # DeepSpeed keeps its own, see on_train_batch_end
             norm = torch.nn.utils.get_total_norm(gradients)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             module.log("train/grad_norm", norm)
@@ -49,6 +49,18 @@ class NonFiniteStop(Callback):
             raise UserError(
                 f"the loss or its gradient is not finite at step {trainer.global_step} (loss {self._loss.item():g});"
                 f" no step was taken, see {path}"
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        norm = engine.get_global_grad_norm() if engine is not None else None
+        if norm is None:
+            return
+        module.log("train/grad_norm", float(norm))
+        if not math.isfinite(norm):  # the same on all ranks
+            raise UserError(
+                f"the gradient's norm is not finite at step {trainer.global_step - 1}; DeepSpeed tells it only after"
+                " the step: go on from an earlier checkpoint"
             )
 
     def _report(self, trainer: Trainer, module: LightningModule) -> Path:

@@ -56,6 +56,7 @@ class LastCheckpoint(Checkpoint):
             # Ranks that got no signal themselves report SIGTERM: somebody stopped the job, not them.
             self.received = signal.Signals(self._flag or signal.SIGTERM)
             trainer.should_stop = True
+            trainer.limit_val_batches = 0  # or Lightning would validate first: whoever stops a run wants it now
             if trainer.is_global_zero:
                 say(f"{self.received.name}: saving step {step} and stopping; go on with ckpt_path=last")
             self.save(trainer)

@@ -11,7 +11,9 @@ from mvsplit.utils.images import picture_grid, save_png
 
 
 class SampleGrid(Callback):
-    """Draws a grid, a column per class, with the averaged weights: a PNG per validation and `sample/grid` in the log.
+    """Draws a grid, a column per class, with the averaged weights: a PNG and `sample/grid` in the log.
+
+    At each validation, and at the end with the final weights.
 
     The noise of a place in the grid never changes, so grids of different steps show the same pictures grow.
 
@@ -33,10 +35,15 @@ class SampleGrid(Callback):
         classes = torch.arange(columns) * num_classes // columns
         self.classes, self.columns, self.batch_size = classes.repeat(rows), columns, batch_size
         self.latest: Path | None = None
+        self._drawn_at = -1
+
+    def on_test_epoch_end(self, trainer: Trainer, module: Any) -> None:
+        self.on_validation_epoch_end(trainer, module)  # the final weights, if no validation fell on the last step
 
     def on_validation_epoch_end(self, trainer: Trainer, module: Any) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.global_step == self._drawn_at:
             return
+        self._drawn_at = trainer.global_step
         index = torch.arange(len(self.classes))
         pictures = [
             module.sample(labels, numbers).cpu()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning as L
+import torch
 from annotated_types import Len
 from pydantic import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader
@@ -162,7 +163,7 @@ class ShardDataModule(L.LightningDataModule):
             reader,
             batch_sampler=batches,
             num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
+            pin_memory=self.pin_memory and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
 

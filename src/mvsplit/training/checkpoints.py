@@ -23,7 +23,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: if the file is missing, damaged, or not one of ours.
     """
     if path.is_dir():
-        raise UserError(f"ckpt_path = {path}: a sharded checkpoint can be resumed, but not read by one process")
+        raise UserError(
+            f"ckpt_path = {path}: a sharded checkpoint can be resumed, but not read by one process; give another"
+        )
     if not path.is_file():
         raise UserError(f"ckpt_path = {path}: there is no such file")
     try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -72,6 +73,17 @@ def check_together(config: Group) -> None:
             )
 
 
+def check_machine(config: Group) -> None:
+    """Check that this machine has what the config asks for.
+
+    Raises:
+        UserError: if it asks for a GPU and there is none.
+    """
+    accelerator = config["trainer"].get("accelerator")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator = {accelerator}: this machine has no usable GPU; allowed here is cpu")
+
+
 def apply_extras(config: Group) -> None:
     """The conveniences of the group `extras`.
 
@@ -135,14 +147,14 @@ def save_config(config: Group, output_dir: Path) -> None:
 def show_summary(trainer: Trainer, metrics: dict[str, float], output_dir: Path, log_dir: Path) -> None:
     """The table at the end of a run: metrics, where everything is, and the command that shows the log."""
     rows = {name: f"{value:.4g}" for name, value in sorted(metrics.items()) if "loss_t_" not in name}
-    for callback in trainer.callbacks:
-        if isinstance(callback, LastCheckpoint):
-            rows["last checkpoint"] = str(callback.folder / "last.ckpt")
-        elif getattr(callback, "best_model_path", ""):
-            rows["best checkpoint"] = callback.best_model_path
-        elif isinstance(callback, SampleGrid) and callback.latest:
-            rows["pictures"] = str(callback.latest)
-    rows["log"] = str(output_dir)
-    if any(isinstance(logger, TensorBoard) for logger in trainer.loggers):
-        rows["watch"] = f"tensorboard --logdir {log_dir}"
     show_table("run finished", rows)
+    for callback in trainer.callbacks:
+        if isinstance(callback, LastCheckpoint) and (callback.folder / "last.ckpt").exists():
+            say(f"last checkpoint  {callback.folder / 'last.ckpt'}")
+        elif getattr(callback, "best_model_path", ""):
+            say(f"best checkpoint  {callback.best_model_path}")
+        elif isinstance(callback, SampleGrid) and callback.latest:
+            say(f"pictures         {callback.latest}")
+    say(f"run folder       {output_dir}")
+    if any(isinstance(logger, TensorBoard) for logger in trainer.loggers):
+        say(f"watch            tensorboard --logdir {log_dir}")

@@ -17,6 +17,7 @@ from typing import Any
 
 import hydra
 from hydra.errors import InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -199,7 +200,7 @@ def build(node: Any) -> Any:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, ValueError | TypeError | OSError):
+        if isinstance(cause, ValueError | TypeError | OSError | MisconfigurationException):
             raise cause from None
         raise
 

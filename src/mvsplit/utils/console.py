@@ -30,7 +30,7 @@ def track(items: Sequence[T], description: str) -> Iterable[T]:
 
 
 def show_table(title: str, rows: dict[str, str]) -> None:
-    """Two columns: name and value. Long values (paths) stay whole, to be copied."""
+    """Two columns: name and value."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

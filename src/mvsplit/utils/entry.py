@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from mvsplit.utils.config import describe_unknown
+from mvsplit.utils.config import describe_unknown, locate, parameters_of
 from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers
 
 
@@ -27,6 +27,10 @@ def run(main: Callable[[DictConfig], Any], config_name: str) -> None:
     register_resolvers()
     sys.argv = plain_overrides(sys.argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # we tell what matters ourselves
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # their tables
+    for expected in ("Checkpoint directory .* exists", "The dirpath has changed", "The number of training batches",
+                     ".*does not have many workers", "When saving the DeepSpeed"):  # fmt: skip
+        warnings.filterwarnings("ignore", message=expected)
     # Libraries talking to each other about their own futures.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|lightning\.")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.|lightning\.|deepspeed\.")
@@ -89,7 +93,10 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ConfigCompositionException):
         cause = error.__cause__
         if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
-            return f"{cause.full_key}: {describe_unknown(str(cause.key), dict.fromkeys(cause.parent_node))}"
+            key, node = str(cause.key), cause.parent_node
+            if "_target_" in node and key in parameters_of(locate(node["_target_"], str(cause.full_key)))[0]:
+                return f"{cause.full_key}: not in the config file; give it as +{cause.full_key}=…"
+            return f"{cause.full_key}: {describe_unknown(key, dict.fromkeys(node))}"
         return str(error).splitlines()[0] + (f" ({str(cause).splitlines()[0]})" if cause else "")
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"

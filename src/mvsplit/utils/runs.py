@@ -37,23 +37,42 @@ def run_name() -> str:
 
 @lru_cache
 def _run_dir(log_dir: str, task_name: str, ckpt_path: str | None, overrides: tuple[str, ...]) -> str:
+    """Folder of a run: a new one, or with `ckpt_path=last` the newest that this very command made."""
     runs = Path(log_dir) / task_name / "runs"
     if ckpt_path == "last":
         for run in newest_first(runs):
-            if _overrides(run) == _without_ckpt(overrides):
+            if _overrides(run / ".hydra" / "overrides.yaml") == _without_ckpt(overrides):
                 return str(run)
     return str(runs / run_name())
+
+
+_sweep_dirs: dict[tuple[str, str, str | None], str] = {}
+
+
+def _sweep_dir(log_dir: str, task_name: str, ckpt_path: str | None, overrides: tuple[str, ...]) -> str:
+    """The same for a sweep of runs (`-m`). Asked first for the sweep, then by each job with its own overrides."""
+    key = (log_dir, task_name, ckpt_path)
+    if key not in _sweep_dirs:
+        sweeps = Path(log_dir) / task_name / "multiruns"
+        _sweep_dirs[key] = str(sweeps / run_name())
+        if ckpt_path == "last":
+            for sweep in sorted(sweeps.glob("*"), reverse=True):
+                if _overrides(sweep / "multirun.yaml", "hydra.overrides.task") == _without_ckpt(overrides):
+                    _sweep_dirs[key] = str(sweep)
+                    break
+    return _sweep_dirs[key]
 
 
 def _without_ckpt(overrides: Any) -> list[str]:
     return sorted(o for o in overrides if not o.startswith("ckpt_path="))
 
 
-def _overrides(run: Path) -> list[str] | None:
+def _overrides(file: Path, key: str | None = None) -> list[str] | None:
     try:
-        return _without_ckpt(OmegaConf.load(run / ".hydra" / "overrides.yaml"))
+        content = OmegaConf.load(file)
     except OSError:
         return None
+    return _without_ckpt(OmegaConf.select(content, key) if key else content)
 
 
 def newest_first(runs: Path) -> list[Path]:
@@ -74,16 +93,18 @@ def find_checkpoint(ckpt_path: str, log_dir: str) -> Path:
     """
     if ckpt_path != "last":
         return Path(ckpt_path)
-    runs = newest_first(Path(log_dir) / "train" / "runs")
-    if not runs:
-        raise UserError(f"ckpt_path = last: no checkpoint in {log_dir}/train/runs; train first or give a path")
-    return last_checkpoint(runs[0])
+    tasks = Path(log_dir)
+    runs = [*tasks.glob("*/runs"), *tasks.glob("*/multiruns/*")]
+    found = [last_checkpoint(run) for folder in runs for run in newest_first(folder)]
+    if not found:
+        raise UserError(f"ckpt_path = last: no checkpoint in {log_dir}; train first or give a path")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def register_resolvers() -> None:
-    """`${project_root:}`, `${run_name:}` and `${run_dir:log_dir,task_name,ckpt_path,overrides}` for the configs."""
+    """Resolvers for the configs: `project_root`; `run_dir` and `sweep_dir` of (log_dir, task_name, ckpt_path, overrides)."""
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-    OmegaConf.register_new_resolver(
-        "run_dir", lambda log, task, ckpt, overrides: _run_dir(log, task, ckpt, tuple(overrides)), replace=True
-    )
+    for name, find in (("run_dir", _run_dir), ("sweep_dir", _sweep_dir)):
+        OmegaConf.register_new_resolver(
+            name, lambda log, task, ckpt, given, find=find: find(log, task, ckpt, tuple(given)), replace=True
+        )
