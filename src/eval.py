@@ -17,10 +17,11 @@ from mvsplit.data.datamodule import ShardDataModule
 from mvsplit.evaluation.pictures import draw
 from mvsplit.evaluation.recognition import MAX_SAMPLES, Recogniser
 from mvsplit.training.checkpoints import SavedRun
-from mvsplit.training.run import TrainConfig
+from mvsplit.training.run import Paths, TrainConfig
 from mvsplit.utils import entry
 from mvsplit.utils.config import build, check_config, to_plain
 from mvsplit.utils.console import say, show_table
+from mvsplit.utils.rng import Seed
 from mvsplit.utils.runs import find_checkpoint
 
 
@@ -31,11 +32,11 @@ class EvalConfig:
     task_name: str
     ckpt_path: str
     weights: Literal["ema", "raw"]
-    seed: NonNegativeInt
+    seed: Seed
     num_samples: NonNegativeInt
     batch_size: PositiveInt
     sampler: dict[str, Any]
-    paths: dict[str, Any]
+    paths: Paths
 
 
 def evaluate(cfg: DictConfig) -> dict[str, float]:

@@ -6,18 +6,20 @@ import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Len
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
 from mvsplit.evaluation.pictures import draw
 from mvsplit.training.checkpoints import SavedRun
-from mvsplit.training.run import TrainConfig
+from mvsplit.training.run import Paths, TrainConfig
 from mvsplit.utils import entry
 from mvsplit.utils.config import build, check_config, to_plain
 from mvsplit.utils.console import show_table
 from mvsplit.utils.images import enlarge, picture_grid, save_png, to_uint8
+from mvsplit.utils.rng import Seed
 from mvsplit.utils.runs import find_checkpoint
 
 
@@ -28,12 +30,12 @@ class SampleConfig:
     task_name: str
     ckpt_path: str
     weights: Literal["ema", "raw"]
-    seed: NonNegativeInt
-    classes: list[NonNegativeInt] | None
+    seed: Seed
+    classes: Annotated[list[NonNegativeInt], Len(1)] | None
     count: PositiveInt
     batch_size: PositiveInt
     sampler: dict[str, Any]
-    paths: dict[str, Any]
+    paths: Paths
 
 
 def sample(cfg: DictConfig) -> Path:

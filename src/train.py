@@ -35,8 +35,12 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     run.check_machine(config)
     run.apply_extras(config)
     output_dir = Path(config["paths"]["output_dir"])
-    ckpt_path = run.prepare_resume(config, output_dir)
+    with run.locked(output_dir):
+        return _train(config, output_dir)
 
+
+def _train(config: dict[str, Any], output_dir: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    ckpt_path = run.prepare_resume(config, output_dir)
     datamodule = build(config["data"])
     module = build(config["module"])
     callbacks = build_each(config["callbacks"])

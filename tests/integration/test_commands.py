@@ -128,7 +128,7 @@ def test_sharded_training_equals_one_process_and_resumes(run_script: Run, tmp_pa
 def last_values(run: Path) -> dict[str, float]:
     import csv
 
-    with (run / "csv" / "metrics.csv").open() as file:
+    with (run / "csv" / "version_0" / "metrics.csv").open() as file:
         values: dict[str, float] = {}
         for row in csv.DictReader(file):
             values |= {key: float(value) for key, value in row.items() if value}

@@ -53,7 +53,7 @@ def test_tensorboard_shows_what_it_should(train_here: Train, tmp_path: Path) -> 
     assert any(tag.startswith("train/loss_t_") for tag in tags)
     assert [e.step for e in events.Scalars("train/loss")] == list(range(6))
     assert events.Scalars("val/loss")[-1].value == pytest.approx(metrics["val/loss"])
-    assert [e.step for e in events.Images("sample/grid")] == [3, 6]
+    assert [e.step for e in events.Images("sample/grid")] == [2, 5]
     assert "config/text_summary" in events.Tags()["tensors"]
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "max_steps: 6" in text
@@ -63,7 +63,7 @@ def test_tensorboard_shows_what_it_should(train_here: Train, tmp_path: Path) -> 
 
 def test_csv_logger(train_here: Train, tmp_path: Path) -> None:
     train_here("logger=csv")
-    lines = (tmp_path / "run" / "csv" / "metrics.csv").read_text().splitlines()
+    lines = (tmp_path / "run" / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
     assert "train/loss" in lines[0]
     assert len(lines) > 6
 
@@ -266,4 +266,54 @@ def test_callbacks_and_loggers_switched_off(train_here: Train, tmp_path: Path) -
                                      "trainer.accelerator=cpu", f"paths.output_dir={tmp_path}"])  # fmt: skip
     _, objects = train.train(cfg)
     assert objects["trainer"].global_step == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", ".lock"}
+
+
+def test_half_precision_weights_train_and_draw(train_here: Train) -> None:
+    metrics, _ = train_here("trainer.precision=bf16-true")
+    assert math.isfinite(metrics["val/loss"])
+
+
+def test_a_changed_learning_rate_holds_after_a_resume(train_here: Train) -> None:
+    train_here("trainer.max_steps=4", "optim.schedule=constant", "optim.warmup_steps=0")
+    changed = ["optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=1e-5", "optim.weight_decay=0.03"]
+    metrics, objects = train_here(*changed, "ckpt_path=last")
+    assert metrics["train/lr"] == pytest.approx(1e-5)
+    groups = objects["trainer"].optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.03, 0.0]
+
+
+def test_two_processes_cannot_train_in_one_folder(train_here: Train, tmp_path: Path) -> None:
+    from mvsplit.training.run import locked
+
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training in this folder"):
+        train_here()
+
+
+def test_pictures_at_the_end_even_without_a_validation_there(train_here: Train, tmp_path: Path) -> None:
+    train_here("trainer.max_steps=5")
+    assert {p.name for p in (tmp_path / "run" / "samples").iterdir()} == {"step_00000003.png", "step_00000005.png"}
+
+
+def test_a_config_beside_a_checkpoint_cannot_run_code(train_here: Train, tmp_path: Path) -> None:
+    import sample as sample_script
+
+    train_here()
+    file, canary = tmp_path / "run" / "config.yaml", tmp_path / "canary"
+    plain = file.read_text()
+    poison = '${oc.create:"{_target_: pathlib.Path.touch, self: ' + str(canary) + '}"}'
+    attacks = {
+        "interpolation": plain.replace("folder: ", f"folder: '{poison}' # ", 1),
+        "target": plain.replace("mvsplit.models.dit.DiT", "os.system"),
+        "python object": "!!python/object/apply:os.system [touch " + str(canary) + "]",
+        "no yaml": "{",
+    }
+    for attack in attacks.values():
+        file.write_text(attack)
+        cfg = compose_config(
+            f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt", f"paths.output_dir={tmp_path}", name="sample.yaml"
+        )
+        with pytest.raises(UserError):
+            sample_script.sample(cfg)
+    assert not canary.exists()

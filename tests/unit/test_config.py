@@ -120,10 +120,21 @@ def test_every_yaml_key_has_a_comment_or_says_itself() -> None:
         (["data.batch_size=???"], "data.batch_size"),
         (["seed=-1"], "seed = -1: must be greater than or equal to 0"),
         (["seed=one"], "seed = 'one': "),
-        (["trainer.max_steps=-1"], "trainer.max_steps = -1: must be an integer greater than 0"),
+        (["trainer.max_steps=-1"], "trainer.max_steps = -1: must be greater than 0"),
         (["+trainer.max_epochs=3"], "trainer.max_epochs = 3: not supported, use trainer.max_steps"),
         (["trainer.devices=3"], "data.batch_size = 32: must be divisible by"),
         (["trainer.accumulate_grad_batches=5"], "data.batch_size = 32: must be divisible by"),
+        (["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches = 0: must be greater than 0"),
+        (["trainer.accumulate_grad_batches=4", "trainer.val_check_interval=6"], "must be divisible by"),
+        (["trainer.devices=abc"], "trainer.devices = 'abc'"),
+        (["optim.lr=inf"], "optim.lr = inf: must be a finite number"),
+        (["seed=9223372036854775808"], "seed = 9223372036854775808: must be less than"),
+        (["sampler.cfg_interval=[0.8,0.2]"], "low must not exceed high"),
+        (["~model.depth"], "model.depth: missing, DiT needs it"),
+        (["+residual.depth=3"], "residual.depth = 3: comes from the network"),
+        (["+extras.foo=1"], "extras.foo: unknown key"),
+        (["extras.print_config=abc"], "extras.print_config = 'abc': must be a boolean"),
+        (["flow._target_=mvsplit.training.run.save_config"], "is a function"),
         (["+surprise=1"], "surprise: unknown key"),
         (["callbacks.ema.decay=1.0"], "callbacks.ema.decay = 1.0: must be less than 1"),
         (["model._target_=os.system"], "model._target_ = os.system: allowed are"),
@@ -146,6 +157,14 @@ def test_targets_outside_the_list_are_refused(target: str) -> None:
     config = checked()
     config["callbacks"]["evil"] = {"_target_": target}
     with pytest.raises(UserError, match="allowed are"):
+        check_config(config, run.TrainConfig)
+
+
+def test_an_interpolation_cannot_stand_in_a_resolved_config() -> None:
+    """Else it would be resolved while building, into a node that was never checked."""
+    config = checked()
+    config["data"]["folder"] = '${oc.create:"{_target_: os.system, command: true}"}'
+    with pytest.raises(UserError, match=r"data\.folder = .*an interpolation cannot stand here"):
         check_config(config, run.TrainConfig)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.io import encode_png
 
@@ -71,11 +72,15 @@ def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
 def test_index_is_kept_and_renewed(tmp_path: Path) -> None:
     shards(tmp_path)
     first = load_index(find_shards(tmp_path, "*.tar"))
-    kept = list(tmp_path.glob(".index-*.npy"))
-    assert len(kept) == 1
+    (kept,) = tmp_path.glob(".index-*")
     again = load_index(find_shards(tmp_path, "*.tar"))
     assert np.array_equal(first.rows, again.rows)
     assert first.fingerprint == again.fingerprint
+    data = bytearray(kept.read_bytes())
+    data[60] ^= 1
+    for damaged in (bytes(data), b"", bytes(data[:50])):
+        kept.write_bytes(damaged)
+        assert np.array_equal(load_index(find_shards(tmp_path, "*.tar")).rows, first.rows)
     shards(tmp_path, count=26)
     assert len(load_index(find_shards(tmp_path, "*.tar"))) == 26
 
@@ -151,6 +156,34 @@ def test_garbage_that_is_no_image(tmp_path: Path) -> None:
     tar_of(tmp_path / "train-0.tar", {"a.png": b"no picture", "a.cls": b"1"})
     with pytest.raises(UserError, match="does not decode as an image"):
         read(tmp_path)[0, 0]
+
+
+def png_of_16_bits() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("how", ["damaged", "sixteen bits", "empty"])
+def test_pictures_that_cannot_be_read_are_named(tmp_path: Path, how: str) -> None:
+    """Damaged before they were indexed, so that no checksum tells."""
+    data = bytearray(encode_png(torch.randint(0, 255, (1, 64, 64), dtype=torch.uint8)).numpy().tobytes())
+    data[len(data) // 2] ^= 0xFF
+    pictures = {"damaged": bytes(data), "sixteen bits": png_of_16_bits(), "empty": b""}
+    tar_of(tmp_path / "train-0.tar", {"a.png": pictures[how], "a.cls": b"1"})
+    with pytest.raises(UserError, match=r"train-0\.tar: sample 0 at byte 512 does not decode as an image"):
+        read(tmp_path)[0, 0]
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("jpg", "JPEG"), ("webp", "WEBP"), ("png", "PNG")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_format_gives_the_channels_asked_for(tmp_path: Path, suffix: str, kind: str, channels: int) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), 200, dtype=np.uint8)).save(buffer, kind)
+    tar_of(tmp_path / "train-0.tar", {f"a.{suffix}": buffer.getvalue(), "a.cls": b"1"})
+    index = load_index(find_shards(tmp_path, "*.tar"))
+    image = ShardReader(index, channels, CentreCrop([8, 8]))[0, 0]["image"]
+    torch.testing.assert_close(image, torch.full((channels, 8, 8), 200 / 127.5 - 1), rtol=0, atol=0.02)
 
 
 def test_missing_folder_and_empty_shard_list(tmp_path: Path) -> None:

@@ -85,9 +85,6 @@ class EMA(Callback):
     def on_test_end(self, trainer: Trainer, module: Any) -> None:
         self._swap_out(module)
 
-    def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
-        self._swap_out(module)
-
     def state_dict(self) -> dict[str, Any]:
         shadow = whole_tensors(self._network, self.shadow) if self._network is not None else dict(self.shadow)
         return {"shadow": shadow, "num_updates": self.num_updates}

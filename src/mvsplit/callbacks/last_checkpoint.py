@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import PositiveInt
 
 from mvsplit.utils.console import say
@@ -60,12 +61,26 @@ class LastCheckpoint(Checkpoint):
             if trainer.is_global_zero:
                 say(f"{self.received.name}: saving step {step} and stopping; go on with ckpt_path=last")
             self.save(trainer)
-        elif step % self.every_n_steps == 0:
+        elif step % self.every_n_steps == 0 and not self._validation_follows(trainer):
+            self.save(trainer)
+
+    @staticmethod
+    def _validation_follows(trainer: Trainer) -> bool:
+        # A state saved before it would, after a kill, go on behind it: that validation would be lost.
+        done = trainer.fit_loop.total_batch_idx + 1
+        interval = trainer.val_check_batch
+        return bool(trainer.enable_validation and interval and done % interval == 0)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        step = trainer.global_step
+        if trainer.state.fn == TrainerFn.FITTING and step % self.every_n_steps == 0 and step > self._saved_step:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step > max(self._saved_step, 0):
             self.save(trainer)
+        if self._flag:  # after the last step: what is left is not done
+            self.received = signal.Signals(self._flag)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():

@@ -56,4 +56,4 @@ class SampleGrid(Callback):
         for logger in trainer.loggers:
             experiment: Any = logger.experiment
             if hasattr(experiment, "add_image"):
-                experiment.add_image("sample/grid", grid, trainer.global_step)
+                experiment.add_image("sample/grid", grid, trainer.global_step - 1)  # where curves have it

@@ -1,5 +1,7 @@
 """The one DataModule: tar shards in, batches of the endless training stream out."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +16,7 @@ from mvsplit.data.index import ShardIndex, find_shards, load_index
 from mvsplit.data.order import StreamBatches, StreamOrder
 from mvsplit.data.reader import ShardReader, Transform
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.rng import Seed
 
 
 class StreamLoader(DataLoader):
@@ -57,7 +60,7 @@ class ShardDataModule(L.LightningDataModule):
         val_transform: Transform | None = None,
         train: str = "train-*.tar",
         val: str = "val-*.tar",
-        seed: NonNegativeInt = 0,
+        seed: Seed = 0,
         num_workers: NonNegativeInt = 0,
         pin_memory: bool = False,
         prepare: Callable[[Path], None] | None = None,
@@ -82,7 +85,13 @@ class ShardDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """On one process: put the shards in place if this data set can, and index them."""
         if self.prepare is not None and not list(self.folder.glob(self.patterns["train"])):
-            self.prepare(self.folder)
+            # The folder appears when it is whole; of two processes that start at once, one is the first.
+            partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
+            self.prepare(partial)
+            try:
+                partial.rename(self.folder)
+            except OSError:
+                shutil.rmtree(partial)
         for pattern in self.patterns.values():
             load_index(find_shards(self.folder, pattern))
 

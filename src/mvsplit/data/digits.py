@@ -21,7 +21,6 @@ def write_digits(folder: Path) -> None:
     pictures = torch.from_numpy(digits.data).reshape(-1, 1, 8, 8)  # 0 … 16
     pictures = (pictures * (255 / 16)).round().to(torch.uint8)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()
-    # The training shards come last: a folder that has them is complete.
     for name, chosen in (("val", order[:NUM_VAL]), ("train", order[NUM_VAL:])):
         samples = ((encode_png(pictures[i]).numpy().tobytes(), "png", int(digits.target[i])) for i in chosen)
         write_shards(folder, name, samples, shard_size=500)

@@ -1,13 +1,15 @@
 """Read single samples out of tar shards by position: `pread`, checksum, decode, transform."""
 
+import io
 import os
 import zlib
 from collections.abc import Callable
+from typing import Literal
 
-import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mvsplit.data.index import ShardIndex
 from mvsplit.utils.errors import UserError
@@ -15,6 +17,20 @@ from mvsplit.utils.errors import UserError
 Sample = dict[str, Tensor | int | float]
 Transform = Callable[[Tensor, int], Tensor]
 """(uint8 image (C, height, width), place in the training stream) → float image in [−1, 1]."""
+
+
+def decode(data: bytes, mode: Literal["L", "RGB"]) -> Tensor:
+    """An encoded picture as (1 or 3, height, width) uint8.
+
+    By Pillow: torchvision's own decoder dies of a damaged PNG with the whole process.
+
+    Raises:
+        ValueError, OSError, SyntaxError: if it is damaged, or holds more than 8 bits a channel.
+    """
+    with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as image:
+        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+            raise ValueError(f"{image.mode} pixels; 8 bits a channel are read")
+        return pil_to_tensor(image.convert(mode))
 
 
 class ShardReader(Dataset[Sample]):
@@ -29,7 +45,7 @@ class ShardReader(Dataset[Sample]):
 
     def __init__(self, index: ShardIndex, channels: int, transform: Transform, once: bool = False) -> None:
         self.index, self.transform, self.once = index, transform, once
-        self.mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+        self.mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
         self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -56,12 +72,15 @@ class ShardReader(Dataset[Sample]):
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         position, number = item
         row = self.index.rows[number]
-        encoded = torch.frombuffer(bytearray(self.raw(number)), dtype=torch.uint8)
         try:
-            image = decode_image(encoded, mode=self.mode)
-        except RuntimeError as error:
+            image = decode(self.raw(number), self.mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if isinstance(error, UserError):
+                raise
             where = self.index.shards[int(row["shard"])]
-            raise UserError(f"{where}: sample {number} at byte {row['offset']} does not decode as an image") from error
+            raise UserError(
+                f"{where}: sample {number} at byte {row['offset']} does not decode as an image ({error})"
+            ) from error
         return {
             "image": self.transform(image, position),
             "label": int(row["label"]),

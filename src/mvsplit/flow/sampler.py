@@ -30,6 +30,12 @@ class Sampler:
     cfg_scale: NonNegativeFloat = 2.0
     cfg_interval: Annotated[list[Annotated[float, Ge(0), Le(1)]], Len(2, 2)] | None = None
 
+    @staticmethod
+    def check(cfg_interval: list[float] | None) -> None:
+        """Raise `ValueError` for values that do not fit; called on the composed config before anything is built."""
+        if cfg_interval is not None and cfg_interval[0] > cfg_interval[1]:
+            raise ValueError(f"sampler.cfg_interval = {cfg_interval}: low must not exceed high")
+
     @torch.no_grad()
     def sample(self, network: Network, condition: Tensor, noise: Tensor, time_shift: float = 1.0) -> Tensor:
         """Draw one picture per condition.

@@ -38,6 +38,8 @@ class ClassTokens(nn.Module):
         width: D. num_classes: classes without the null class. num_tokens: S.
     """
 
+    provided = frozenset({"width"})
+
     def __init__(self, width: int, num_classes: PositiveInt, num_tokens: PositiveInt = 4) -> None:
         super().__init__()
         self.num_tokens = num_tokens
@@ -66,6 +68,7 @@ class CaptionTable(nn.Module):
         ValueError: if the file or tensor does not hold a three-dimensional table.
     """
 
+    provided = frozenset({"width"})
     table: Tensor
 
     def __init__(self, width: int, embeddings: Tensor | str | Path) -> None:
@@ -98,6 +101,7 @@ class SampleEmbeddings(nn.Module):
             `embeddings`, (S, W): the encoded empty caption. Without one, zeros stand for "no caption".
     """
 
+    provided = frozenset({"width"})
     null: Tensor
 
     def __init__(

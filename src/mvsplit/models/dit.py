@@ -135,13 +135,14 @@ class DiT(nn.Module):
         Returns:
             (B, C, height, width).
         """
-        image = rms_norm(self.patch_proj(patchify(z, self.patch_size)), self.eps)  # (B, I, D)
+        patches = patchify(z, self.patch_size).to(self.patch_proj.weight.dtype)  # solvers keep z in float32
+        image = rms_norm(self.patch_proj(patches), self.eps)  # (B, I, D)
         context = rms_norm(self.context(condition), self.eps).to(image.dtype)  # (B, S, D)
         x = torch.cat([image, context], dim=1)  # (B, T, D)
         x = self._run_blocks(x)[:, : self.segments[0]]  # (B, I, D)
         if self.normalise_output:
             x = rms_norm(x, self.eps)
-        return unpatchify(self.final_proj(x), self.patch_size, self.rows, self.columns)
+        return unpatchify(self.final_proj(x), self.patch_size, self.rows, self.columns).to(z.dtype)
 
     def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
         """The condition, with the samples where mask (B,) is true unconditioned."""

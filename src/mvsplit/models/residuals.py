@@ -42,6 +42,8 @@ class Residual(nn.Module):
         eps: ε of the RMSNorm.
     """
 
+    provided = frozenset({"width", "depth", "branch"})
+    """Arguments that the network fills in, and configs do not set."""
     default_writer_init: WriterInit = "zero"
     normalises_output = True
     """Whether the trunk leaves this residual RMS-normalised; if not, the network ends with a norm."""

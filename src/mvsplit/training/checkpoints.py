@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from omegaconf import OmegaConf
+import yaml
 from torch import Tensor, nn
 
 from mvsplit.utils.config import build, check_config
@@ -36,8 +36,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"ckpt_path = {path}: damaged, or not a checkpoint of tensors ({reason})") from None
-    if not isinstance(content, dict) or MARK not in content:
-        raise UserError(f"ckpt_path = {path}: not a checkpoint of this project (no '{MARK}' entry)")
+    if not isinstance(content, dict) or not content.keys() >= {MARK, "global_step", "state_dict", "callbacks"}:
+        raise UserError(f"ckpt_path = {path}: not a checkpoint of this project")
     return content
 
 
@@ -79,9 +79,13 @@ class SavedRun:
         file = self.run / "config.yaml"
         if not file.is_file():
             raise UserError(f"ckpt_path = {path}: {file} is missing; the checkpoint must lie in its run folder")
-        config = OmegaConf.to_container(OmegaConf.load(file))
-        assert isinstance(config, dict)
-        self.config: dict[str, Any] = {str(key): value for key, value in config.items()}
+        try:
+            config = yaml.safe_load(file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            config = None
+        if not isinstance(config, dict):
+            raise UserError(f"{file}: not the config of a run")
+        self.config: dict[str, Any] = config
         check_config(self.config, schema)
         self.step: int = content["global_step"]
         network: nn.Module = build(self.config["model"])()

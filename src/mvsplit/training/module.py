@@ -8,8 +8,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from mvsplit import __version__
@@ -19,7 +20,7 @@ from mvsplit.flow.times import time_shift
 from mvsplit.training.checkpoints import MARK, check_fits
 from mvsplit.training.optim import AdamW
 from mvsplit.training.strategies import shard_network
-from mvsplit.utils.rng import Stream, normal, step_seed
+from mvsplit.utils.rng import Seed, Stream, normal, step_seed
 
 Batch = dict[str, Tensor]
 
@@ -47,7 +48,7 @@ class FlowModule(L.LightningModule):
         flow: Flow,
         optim: AdamW,
         sampler: Sampler,
-        seed: NonNegativeInt = 0,
+        seed: Seed = 0,
         time_bins: PositiveInt = 4,
         val_times: PositiveInt = 8,
     ) -> None:
@@ -70,6 +71,11 @@ class FlowModule(L.LightningModule):
         # max_steps, not estimated_stepping_batches: asking for that sets up the data and drops its restored state.
         optimizer, scheduler = self.optim.build(self.network.parameters(), self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        self.optim.reapply(self.trainer.optimizers[0], scheduler, self.trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[MARK] = __version__

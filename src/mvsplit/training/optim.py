@@ -57,6 +57,15 @@ class AdamW:
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, foreach=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
 
+    def reapply(self, optimizer: Optimizer, scheduler: LambdaLR, max_steps: int) -> None:
+        """After a checkpoint was loaded: this config's values instead of the saved ones, if somebody changed them."""
+        scheduler.base_lrs = [self.lr] * len(optimizer.param_groups)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = self.lr
+            group["lr"] = self.lr * self.factor(scheduler.last_epoch, max_steps)
+            group["betas"], group["eps"] = tuple(self.betas or (0.9, 0.999)), self.eps
+            group["weight_decay"] = self.weight_decay if group["weight_decay"] else 0.0
+
 
 def num_dims(parameter: torch.nn.Parameter) -> int:
     """Dimensions of the whole parameter: under ZeRO-3 the tensor at hand is an empty stand-in."""

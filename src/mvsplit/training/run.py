@@ -1,27 +1,66 @@
 """Settings of a run: the top-level keys of its config, what must fit together, and what is told at its end."""
 
+import fcntl
+import re
 import secrets
 import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from mvsplit.callbacks.last_checkpoint import LastCheckpoint
 from mvsplit.callbacks.sample_grid import SampleGrid
 from mvsplit.training.checkpoints import read_checkpoint
+from mvsplit.utils.config import check_value
 from mvsplit.utils.console import say, show_table
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.loggers import TensorBoard
+from mvsplit.utils.rng import Seed
 from mvsplit.utils.runs import last_checkpoint
 
 Group = dict[str, Any]
+
+
+@dataclass
+class Extras:
+    """Keys of the group `extras`."""
+
+    ignore_warnings: bool
+    enforce_tags: bool
+    print_config: bool
+
+
+@dataclass
+class Paths:
+    """Keys of the group `paths`."""
+
+    root_dir: str
+    data_dir: str
+    log_dir: str
+    output_dir: str
+
+
+TRAINER_LIMITS: dict[str, Any] = {
+    "max_steps": PositiveInt,
+    "devices": PositiveInt | list[NonNegativeInt] | Literal["auto"],
+    "num_nodes": PositiveInt,
+    "accumulate_grad_batches": PositiveInt,
+    "val_check_interval": PositiveInt,
+    "log_every_n_steps": PositiveInt,
+    "gradient_clip_val": NonNegativeFloat | None,
+    "check_val_every_n_epoch": None,
+    "use_distributed_sampler": Literal[False],
+}
+"""Where we are stricter than Lightning's own types."""
 
 
 @dataclass
@@ -33,7 +72,7 @@ class TrainConfig:
     train: bool
     test: bool
     ckpt_path: str | None
-    seed: NonNegativeInt
+    seed: Seed
     optimized_metric: str | None
     data: Group
     residual: Group
@@ -45,8 +84,8 @@ class TrainConfig:
     trainer: Group
     callbacks: Group | None
     logger: Group | None
-    extras: Group
-    paths: Group
+    extras: Extras
+    paths: Paths
 
 
 def check_together(config: Group) -> None:
@@ -56,13 +95,21 @@ def check_together(config: Group) -> None:
         UserError: one line with the key, its value and what is allowed.
     """
     trainer, data = config["trainer"], config["data"]
-    for key, instead in (("max_epochs", "trainer.max_steps"), ("overfit_batches", "data.overfit_samples")):
-        if trainer.get(key):
-            raise UserError(f"trainer.{key} = {trainer[key]}: not supported, use {instead}")
-    steps = trainer.get("max_steps")
-    if not isinstance(steps, int) or steps < 1:
-        raise UserError(f"trainer.max_steps = {steps}: must be an integer greater than 0")
+    instead = {"max_epochs": "trainer.max_steps", "limit_train_batches": "trainer.max_steps"}
+    for key, other in (instead | {"overfit_batches": "data.overfit_samples"}).items():
+        if trainer.get(key) is not None:
+            raise UserError(f"trainer.{key} = {trainer[key]}: not supported, use {other}")
+    if "max_steps" not in trainer:
+        raise UserError("trainer.max_steps: missing, runs are counted in optimiser steps")
+    for key, hint in TRAINER_LIMITS.items():
+        if key in trainer:
+            check_value(f"trainer.{key}", trainer[key], hint)
     accumulate = trainer.get("accumulate_grad_batches", 1)
+    if trainer.get("val_check_interval", accumulate) % accumulate:
+        raise UserError(
+            f"trainer.val_check_interval = {trainer['val_check_interval']}: micro-batches, must be divisible by"
+            f" accumulate_grad_batches = {accumulate}"
+        )
     devices = trainer.get("devices", 1)
     if isinstance(devices, int) and devices > 0 and "batch_size" in data:
         share = devices * trainer.get("num_nodes", 1) * accumulate
@@ -116,14 +163,37 @@ def prepare_resume(config: Group, output_dir: Path) -> Path | None:
     if ckpt_path == "last" and not path.exists():
         rank_zero_only(say)("ckpt_path=last: this command has no earlier run to go on with; a new one begins")
         return None
-    if path.is_dir():
-        return path.resolve()  # sharded: the strategy reads and checks it
-    step = read_checkpoint(path)["global_step"]
+    path = path.resolve()
+    if path.is_dir():  # sharded: the strategy reads and checks it; its name tells the step
+        digits = re.search(r"(\d+)\.ckpt$", path.name)
+        if digits is None or "strategy" not in config["trainer"] or isinstance(config["trainer"]["strategy"], str):
+            raise UserError(f"ckpt_path = {path}: a folder; only trainer=deepspeed goes on from one")
+        step = int(digits[1])
+    else:
+        step = read_checkpoint(path)["global_step"]
     rank_zero_only(say)(f"going on from step {step} of {path}")
     for logger in (config["logger"] or {}).values():
         if logger and logger["_target_"].endswith(".TensorBoard"):
             logger["purge_step"] = step  # what a killed run logged after this checkpoint is drawn once
-    return path.resolve()
+    return path
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Keep other processes out of this run's folder.
+
+    Raises:
+        UserError: if another one is training there already.
+    """
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    with (output_dir / ".lock").open("w") as file:  # released with the process, however it ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{output_dir}: another process is training in this folder") from None
+        yield
 
 
 def plain_metrics(trainer: Trainer) -> dict[str, float]:

@@ -13,11 +13,11 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
 from typing import Any
 
 import hydra
 from hydra.errors import InstantiationException
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -35,7 +35,7 @@ EXTERNAL = {
     "lightning.pytorch.strategies.DDPStrategy",
 }
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
-_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     return typing.cast(dict[str, Any], plain)
 
 
-def check_config(config: dict[str, Any], schema: type) -> None:
+def check_config(config: dict[str, Any], schema: type, path: str = "") -> None:
     """Check the top-level keys against the schema (a class of annotated fields), then every node below.
 
     Raises:
@@ -61,13 +61,16 @@ def check_config(config: dict[str, Any], schema: type) -> None:
     hints = typing.get_type_hints(schema, include_extras=True)
     for key in hints:
         if key not in config:
-            raise UserError(f"{key}: missing from the config")
+            raise UserError(f"{path}{key}: missing from the config")
     for key, value in config.items():
         if key not in hints:
-            raise UserError(f"{key}: {describe_unknown(key, hints)}")
-        _check_value(key, value, hints[key])
+            raise UserError(f"{path}{key}: {describe_unknown(key, hints)}")
+        if is_dataclass(hints[key]) and isinstance(value, dict):
+            check_config(value, typing.cast(type, hints[key]), f"{path}{key}.")
+        else:
+            check_value(f"{path}{key}", value, hints[key])
     for key in hints:  # in the schema's order: parts before the nodes that repeat them by interpolation
-        _check_tree(key, config[key])
+        _check_tree(f"{path}{key}", config[key])
 
 
 def _check_tree(path: str, value: Any) -> None:
@@ -80,10 +83,17 @@ def _check_tree(path: str, value: Any) -> None:
     elif isinstance(value, list):
         for number, child in enumerate(value):
             _check_tree(f"{path}.{number}", child)
+    elif isinstance(value, str) and "${" in value:
+        # A composed config is resolved. Building would resolve this one, into a node that was never checked.
+        raise UserError(f"{path} = {value}: an interpolation cannot stand here")
 
 
 def _check_node(path: str, node: dict[str, Any]) -> None:
     target = locate(node["_target_"], path)
+    partial = node.get("_partial_", False)
+    if not inspect.isclass(target) and partial is not True:
+        raise UserError(f"{path}._partial_ = {partial}: true is needed, {node['_target_']} is a function")
+    provided: frozenset[str] = getattr(target, "provided", frozenset())  # arguments that the network fills in
     hints, required, open_ended = parameters_of(target)
     given = {key: value for key, value in node.items() if key not in HYDRA_KEYS}
     for key, value in given.items():
@@ -91,11 +101,13 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
             if open_ended:
                 continue
             raise UserError(f"{path}.{key} = {value!r}: {describe_unknown(key, hints)}")
+        if key in provided:
+            raise UserError(f"{path}.{key} = {value!r}: comes from the network, it cannot be set here")
         if not (isinstance(value, dict) and "_target_" in value):
-            _check_value(f"{path}.{key}", value, hints[key])
-    if not node.get("_partial_"):
+            check_value(f"{path}.{key}", value, hints[key])
+    if inspect.isclass(target):
         for key in required:
-            if key not in given:
+            if key not in given and key not in provided:
                 raise UserError(f"{path}.{key}: missing, {target.__name__} needs it")
     check = getattr(target, "check", None)
     if check is not None:
@@ -159,7 +171,12 @@ def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
         return {}  # an external class whose annotations exist only for type checkers
 
 
-def _check_value(path: str, value: Any, hint: Any) -> None:
+def check_value(path: str, value: Any, hint: Any) -> None:
+    """Check one value against a type.
+
+    Raises:
+        UserError: one line with the key, the value and what is allowed.
+    """
     try:
         adapter = TypeAdapter(hint, config=_STRICT)
     except (PydanticUserError, TypeError, NameError):
@@ -200,9 +217,10 @@ def build(node: Any) -> Any:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, ValueError | TypeError | OSError | MisconfigurationException):
+        if isinstance(cause, UserError | OSError):
             raise cause from None
-        raise
+        key = getattr(node, "_target_", None) or (node.get("_target_") if isinstance(node, dict) else node)
+        raise UserError(f"{key}: {cause or error}") from error
 
 
 def build_each(nodes: dict[str, Any] | None) -> list[Any]:

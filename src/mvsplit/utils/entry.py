@@ -12,10 +12,12 @@ from typing import Any
 import hydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from mvsplit.utils.config import describe_unknown, locate, parameters_of
+from mvsplit.utils.errors import UserError
 from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers
 
 
@@ -64,6 +66,12 @@ def told() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except SIGTERMException:  # Lightning's, outside training; it would exit with 0
+        sys.exit(143)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's answer to Ctrl-C, with 1
+            sys.exit(130)
+        raise
 
 
 def fail(message: str) -> int:
@@ -73,7 +81,7 @@ def fail(message: str) -> int:
 
 def is_users(error: BaseException) -> bool:
     """Whether the error speaks to the user: raised on purpose by us or a library's check, not by a slip of code."""
-    if not isinstance(error, ValueError):
+    if isinstance(error, UserError) or not isinstance(error, ValueError):
         return True
     # A ValueError of ours carries its message; one from deep inside a library is a defect unless it is Lightning's.
     frame = error.__traceback__
@@ -98,6 +106,11 @@ def explain(error: BaseException) -> str:
                 return f"{cause.full_key}: not in the config file; give it as +{cause.full_key}=…"
             return f"{cause.full_key}: {describe_unknown(key, dict.fromkeys(node))}"
         return str(error).splitlines()[0] + (f" ({str(cause).splitlines()[0]})" if cause else "")
+    if isinstance(error, OmegaConfBaseException):
+        cause = error.__cause__
+        return str(cause) if isinstance(cause, UserError) else str(error).splitlines()[0]
+    if isinstance(error, UserError) and str(error).startswith("Caught "):  # raised in a reading process
+        return str(error).splitlines()[-1].partition("UserError: ")[2]
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -9,10 +9,13 @@ The mixing function is splitmix64 (Steele, Lea and Flood, 2014). Integers wrap m
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
+Seed = Annotated[int, Ge(0), Lt(1 << 63)]
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX2 = 0x94D049BB133111EB - (1 << 64)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from mvsplit.utils.errors import UserError
@@ -22,8 +23,8 @@ def run_name() -> str:
     talking: SLURM's job number is common to all, and torchrun's agent keeps a store that they can ask.
     """
     name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}"
-    if "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        return f"slurm_{os.environ['SLURM_JOB_ID']}_{os.environ.get('SLURM_STEP_ID', '0')}"
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # set by srun, not by an interactive allocation
+        return f"slurm_{os.environ['SLURM_JOB_ID']}_{os.environ['SLURM_STEP_ID']}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -69,10 +70,12 @@ def _without_ckpt(overrides: Any) -> list[str]:
 
 def _overrides(file: Path, key: str | None = None) -> list[str] | None:
     try:
-        content = OmegaConf.load(file)
-    except OSError:
-        return None
-    return _without_ckpt(OmegaConf.select(content, key) if key else content)
+        content = yaml.safe_load(file.read_text())
+        for part in key.split(".") if key else ():
+            content = content[part]
+        return _without_ckpt(content)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None  # not, or no longer, the record of a command
 
 
 def newest_first(runs: Path) -> list[Path]:
@@ -102,7 +105,7 @@ def find_checkpoint(ckpt_path: str, log_dir: str) -> Path:
 
 
 def register_resolvers() -> None:
-    """Resolvers for the configs: `project_root`; `run_dir` and `sweep_dir` of (log_dir, task_name, ckpt_path, overrides)."""
+    """Resolvers for the configs: `project_root`, `run_dir` and `sweep_dir`."""
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
     for name, find in (("run_dir", _run_dir), ("sweep_dir", _sweep_dir)):
         OmegaConf.register_new_resolver(
