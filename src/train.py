@@ -63,7 +63,7 @@ def _train(config: dict[str, Any], output_dir: Path) -> tuple[dict[str, float], 
     run.save_config(config, output_dir)
     for logger in loggers:
         if isinstance(logger, TensorBoard):
-            logger.log_config(config, trainer.global_step)
+            logger.log_config(run.to_yaml(config), trainer.global_step)
 
     metrics: dict[str, float] = {}
     if config["train"]:

@@ -21,6 +21,17 @@ def runs(tmp_path: Path, task: str = "train") -> list[Path]:
     return sorted((tmp_path / "logs" / task / "runs").iterdir())
 
 
+def signalled(command: list[str], cwd: Path, checkpoint: str, number: signal.Signals) -> int:
+    """Start a command, send it a signal once a checkpoint is there, and return its exit status."""
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(cwd.glob(checkpoint)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(number)
+    print(process.communicate(timeout=60)[0])  # shown by pytest if the test fails
+    return process.returncode
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Filled by the first test that needs it: the final state of the run that nobody stopped."""
@@ -43,13 +54,7 @@ def test_interrupted_and_continued_ends_with_the_very_weights(
         uninterrupted |= state(runs(tmp_path, "whole")[0])
     command = [*script("train.py", *LONG), "ckpt_path=last"]  # the same line at first and afterwards
     # Ctrl-C reaches a process that was started with the default handler; a shell's background job has it ignored.
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not list(tmp_path.glob("logs/train/runs/*/checkpoints/last.ckpt")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == status, output
+    assert signalled(command, tmp_path, "logs/train/runs/*/checkpoints/last.ckpt", number) == status
     (run,) = runs(tmp_path)
     stopped_at = last(run)["global_step"]
     assert 5 <= stopped_at < 60
@@ -88,13 +93,7 @@ def compare_weights(expected: dict[str, torch.Tensor], actual: dict[str, torch.T
 def test_ranks_stop_together(script: Callable[..., list[str]], tmp_path: Path) -> None:
     """SIGTERM to one process of two: both save, both end, and the run goes on."""
     command = [*script("train.py", *LONG, "trainer=ddp_sim", "trainer.max_steps=400"), "ckpt_path=last"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not list(tmp_path.glob("logs/train/runs/*/checkpoints/last.ckpt")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output
+    assert signalled(command, tmp_path, "logs/train/runs/*/checkpoints/last.ckpt", signal.SIGTERM) == 143
     (run,) = runs(tmp_path)
     assert 5 <= last(run)["global_step"] < 400
 
@@ -217,13 +216,7 @@ def test_bad_input_to_the_other_scripts(run_script: Run, tmp_path: Path, name: s
 
 def test_an_interrupted_sweep_goes_on(script: Callable[..., list[str]], tmp_path: Path) -> None:
     command = script("train.py", "-m", "residual=mvsplit,rezero", *LONG, "ckpt_path=last")
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not list(tmp_path.glob("logs/train/multiruns/*/0/checkpoints/last.ckpt")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output
+    assert signalled(command, tmp_path, "logs/train/multiruns/*/0/checkpoints/last.ckpt", signal.SIGTERM) == 143
     # Stopping means stopping: no validation, no pictures after the signal.
     (sweep,) = (tmp_path / "logs" / "train" / "multiruns").iterdir()
     stopped_at = last(sweep / "0")["global_step"]

@@ -75,7 +75,7 @@ class NonFiniteStop(Callback):
             "loss": str(self._loss.item()),
             "samples": self._batch["index"].tolist(),
             "positions": self._batch["position"].tolist(),
-            "gradient_norms": {family: str(math.sqrt(s)) if s >= 0 else str(s) for family, s in squares.items()},
+            "gradient_norms": {family: str(math.sqrt(s)) for family, s in squares.items()},
         }
         path = self.folder / f"nonfinite_step_{trainer.global_step}_rank_{trainer.global_rank}.json"
         path.write_text(json.dumps(report, indent=2))

@@ -51,11 +51,13 @@ class AdamW:
             {"params": [p for p in trainable if num_dims(p) == 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trainable if num_dims(p) != 2], "weight_decay": 0.0},
         ]
-        betas = (self.betas[0], self.betas[1]) if self.betas else (0.9, 0.999)
         groups = [group for group in groups if group["params"]]
         # Not fused: Lightning does not clip the gradients of a fused optimiser under mixed precision.
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, foreach=True)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self._betas(), eps=self.eps, foreach=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
+
+    def _betas(self) -> tuple[float, float]:
+        return (self.betas[0], self.betas[1]) if self.betas else (0.9, 0.999)
 
     def reapply(self, optimizer: Optimizer, scheduler: LambdaLR, max_steps: int) -> None:
         """After a checkpoint was loaded: this config's values instead of the saved ones, if somebody changed them."""
@@ -63,7 +65,7 @@ class AdamW:
         for group in optimizer.param_groups:
             group["initial_lr"] = self.lr
             group["lr"] = self.lr * self.factor(scheduler.last_epoch, max_steps)
-            group["betas"], group["eps"] = tuple(self.betas or (0.9, 0.999)), self.eps
+            group["betas"], group["eps"] = self._betas(), self.eps
             group["weight_decay"] = self.weight_decay if group["weight_decay"] else 0.0
 
 

@@ -219,8 +219,8 @@ def build(node: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, UserError | OSError):
             raise cause from None
-        key = getattr(node, "_target_", None) or (node.get("_target_") if isinstance(node, dict) else node)
-        raise UserError(f"{key}: {cause or error}") from error
+        name = node.get("_target_") if isinstance(node, dict) else node
+        raise UserError(f"{name}: {cause or error}") from error
 
 
 def build_each(nodes: dict[str, Any] | None) -> list[Any]:

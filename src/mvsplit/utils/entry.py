@@ -94,7 +94,7 @@ def is_users(error: BaseException) -> bool:
 def explain(error: BaseException) -> str:
     """One line that names the key and what is allowed."""
     if isinstance(error, MissingConfigException):
-        options = f"; allowed are {', '.join(_options(error.options))}" if error.options else ""
+        options = f"; allowed are {', '.join(sorted(error.options))}" if error.options else ""
         return f"{str(error).splitlines()[0]}{options}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not a key=value override"
@@ -114,7 +114,3 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
-
-
-def _options(options: Sequence[str] | None) -> list[str]:
-    return sorted(options or [])

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -23,9 +22,8 @@ class TensorBoard(TensorBoardLogger):
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
     @rank_zero_only
-    def log_config(self, config: dict[str, Any], step: int) -> None:
-        """The resolved config as a text."""
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    def log_config(self, text: str, step: int) -> None:
+        """The resolved config, as YAML."""
         self.experiment.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), step)
 
     @rank_zero_only
