@@ -1,6 +1,6 @@
 """Mean-variance split residuals for very deep diffusion transformers (arXiv 2605.06169).
 
-Scripts import this package before torch, because of the one thing it does.
+Scripts import this package before torch and webdataset, because of the two things it does.
 """
 
 import os
@@ -8,5 +8,8 @@ import os
 # For how long OpenMP threads spin when they wait for the next small operation, in turns of a loop. On an idle machine
 # this is as fast as spinning for ever; beside other load the default made steps many times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# WebDataset reads this when it is imported: no shell for `pipe:` addresses, no unpickling of members.
+os.environ.setdefault("WDS_SECURE", "1")
 
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mvsplit.utils.errors import UserError
+from mvsplit.utils.errors import AgreedError
 
 
 class NonFiniteStop(Callback):
@@ -46,7 +46,7 @@ class NonFiniteStop(Callback):
         # All ranks stop together: one alone would leave the others waiting for it.
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             path = self._report(trainer, module)
-            raise UserError(
+            raise AgreedError(
                 f"the loss or its gradient is not finite at step {trainer.global_step} (loss {self._loss.item():g});"
                 f" no step was taken, see {path}"
             )
@@ -58,7 +58,7 @@ class NonFiniteStop(Callback):
             return
         module.log("train/grad_norm", float(norm))
         if not math.isfinite(norm):  # the same on all ranks
-            raise UserError(
+            raise AgreedError(
                 f"the gradient's norm is not finite at step {trainer.global_step - 1}; DeepSpeed tells it only after"
                 " the step: go on from an earlier checkpoint"
             )

@@ -1,22 +1,34 @@
-"""The one DataModule: tar shards in, batches of the endless training stream out."""
+"""The one DataModule: shards in, batches of the endless training stream out."""
 
 import os
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
 from annotated_types import Len
+from braceexpand import braceexpand
 from pydantic import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader
 
-from mvsplit.data.index import ShardIndex, find_shards, load_index
+from mvsplit.data.faults import FaultCounts, FaultPolicy, Finding
+from mvsplit.data.formats import Format
+from mvsplit.data.index import Layout, ShardIndex, load_index, read_manifest
 from mvsplit.data.order import StreamBatches, StreamOrder
-from mvsplit.data.reader import ShardReader, Transform
-from mvsplit.utils.errors import UserError
+from mvsplit.data.pipeline import COSTS, WebDatasetStream
+from mvsplit.data.prefetch import Prefetcher
+from mvsplit.data.reader import ShardReader, collate
+from mvsplit.data.storage import Storage, is_remote
+from mvsplit.utils.console import say
+from mvsplit.utils.errors import AgreedError, UserError
 from mvsplit.utils.rng import Seed
+
+Batch = dict[str, Any]
+REMOTE_WINDOW = 16
+"""Shards mixed at a time where they must be fetched and nothing else was asked for."""
 
 
 class StreamLoader(DataLoader):
@@ -30,20 +42,26 @@ class StreamLoader(DataLoader):
 
 
 class ShardDataModule(L.LightningDataModule):
-    """WebDataset tar shards of images with class labels (see `data/shards.py` for what a shard holds).
+    """Samples with class labels, from tar shards (here or remote) or image folders.
 
-    Batches: `image` (B, C, height, width) in [−1, 1], `label` (B,), `index` (B,) sample numbers, `position` (B,)
-    places in the training stream, `weight` (B,) 0 for the padding that evens out ranks in validation, else 1.
+    Batches: `image` (B, C, height, width) float32 as the network sees it, `label` (B,), `index` (B,) sample numbers,
+    `position` (B,) places in the training stream, `weight` (B,) 0 for what validation must not count, else 1, and
+    `caption` (a list of B strings) if the set has captions.
 
     Args:
-        folder: where the shards lie. train, val: patterns of the two sets' file names.
-        image_size: [height, width] that `transform` gives. channels: 1 (grey) or 3 (RGB). num_classes: labels are
-            0 … num_classes − 1.
+        folder: where the shards lie: a path, or an https, s3 or gs address. train, val: patterns of the two sets' names
+            below it, with * (not https) or {000..146}; with `layout=folders`, names of folders of class folders.
+        format: what a sample is (`data/formats.py`). storage: how remote shards are kept (`data/storage.py`).
+        faults: what damage means for the run (`data/faults.py`).
+        image_size: [height, width] of a sample. channels: of a sample. num_classes: labels are 0 … num_classes − 1.
         batch_size: samples per optimiser step, over all devices and accumulated micro-batches.
-        transform: of training pictures; val_transform: of the others, by default the same.
+        layout: `shards` or `folders` (<folder>/<train>/<class>/<picture>).
+        reader: `index` reads any sample directly; `webdataset` streams sets too large to index, with fewer guarantees.
         seed: of the order of samples. num_workers: reading processes per rank.
+        window: shards mixed at a time; 0 mixes all samples; null is 0 for local shards and 16 for remote ones.
         prepare: called with the folder if it holds no training shards, to put some there.
         overfit_samples: train and validate on only the first so many training samples; 0 takes all.
+        samples_per_shard, shuffle_buffer, allow_pipe: of `reader=webdataset` (`data/pipeline.py`).
 
     Raises:
         UserError: for missing or damaged shards, labels out of range and batch sizes that cannot be shared out.
@@ -52,67 +70,101 @@ class ShardDataModule(L.LightningDataModule):
     def __init__(
         self,
         folder: str,
+        format: Format,
+        storage: Storage,
         image_size: Annotated[list[PositiveInt], Len(2, 2)],
         channels: PositiveInt,
         num_classes: PositiveInt,
         batch_size: PositiveInt,
-        transform: Transform,
-        val_transform: Transform | None = None,
+        faults: FaultPolicy | None = None,
         train: str = "train-*.tar",
         val: str = "val-*.tar",
+        layout: Layout = "shards",
+        reader: Literal["index", "webdataset"] = "index",
         seed: Seed = 0,
         num_workers: NonNegativeInt = 0,
         pin_memory: bool = False,
+        window: NonNegativeInt | None = None,
         prepare: Callable[[Path], None] | None = None,
         overfit_samples: NonNegativeInt = 0,
+        samples_per_shard: PositiveInt = 1000,
+        shuffle_buffer: PositiveInt = 1000,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__()
-        self.folder, self.patterns, self.prepare = Path(folder), {"train": train, "val": val}, prepare
+        self.folder, self.patterns, self.layout, self.prepare = folder, {"train": train, "val": val}, layout, prepare
+        self.format, self.storage, self.policy = format, storage, faults or FaultPolicy()
         self.image_size, self.channels, self.num_classes = list(image_size), channels, num_classes
         self.batch_size, self.seed = batch_size, seed
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.transform, self.val_transform = transform, val_transform or transform
+        self.window = window if window is not None else REMOTE_WINDOW * is_remote(folder)
         self.overfit_samples = overfit_samples
+        self.streams, self.samples_per_shard = reader == "webdataset", samples_per_shard
+        self.shuffle_buffer = shuffle_buffer
         self.indices: dict[str, ShardIndex] = {}
+        self.counts = {"train": FaultCounts(), "val": FaultCounts()}
+        self.latest: list[Finding] = []  # of the batch at hand, from all ranks
         self._restored_samples: int | None = None
+        self._prefetcher: Prefetcher | None = None
 
     @staticmethod
-    def check(channels: int) -> None:
+    def check(train: str, val: str, reader: str, allow_pipe: bool) -> None:
         """Raise `ValueError` for values that do not fit; called on the composed config before anything is built."""
-        if channels not in (1, 3):
-            raise ValueError(f"data.channels = {channels}: allowed are 1 (grey) and 3 (RGB)")
+        for key, pattern, allowed in (("train", train, reader == "webdataset" and allow_pipe), ("val", val, False)):
+            if pattern.startswith("pipe:") and not allowed:
+                raise ValueError(
+                    f"data.{key} = {pattern}: pipe: runs a shell; allowed for data.train with data.reader=webdataset"
+                    " data.allow_pipe=true"
+                )
+
+    # ------------------------------------------------------------------ setup
 
     def prepare_data(self) -> None:
         """On one process: put the shards in place if this data set can, and index them."""
-        if self.prepare is not None and not list(self.folder.glob(self.patterns["train"])):
+        folder = Path(self.folder)
+        if self.prepare is not None and not list(folder.glob(self.patterns["train"])):
             # The folder appears when it is whole; of two processes that start at once, one is the first.
-            partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
+            partial = folder.with_name(f".{folder.name}.{os.getpid()}")
             self.prepare(partial)
             try:
-                partial.rename(self.folder)
+                partial.rename(folder)
             except OSError:
                 shutil.rmtree(partial)
-        for pattern in self.patterns.values():
-            load_index(find_shards(self.folder, pattern))
+        for name in self._indexed():
+            self._load(name)
+
+    def _indexed(self) -> list[str]:
+        return ["val"] if self.streams else ["train", "val"]
 
     def setup(self, stage: str | None = None) -> None:
-        for name, pattern in self.patterns.items():
+        for name in self._indexed():
             if name not in self.indices:
-                self.indices[name] = self._load(pattern)
+                self.indices[name] = self._load(name)
         if self.overfit_samples:
-            few = self.indices["train"]
-            few = ShardIndex(few.shards, few.rows[: self.overfit_samples])
+            few = self.indices["train"].first(self.overfit_samples)
             self.indices = {"train": few, "val": few}
+        manifest = read_manifest(self.storage, self.folder, self.patterns["train"])
+        self.format.bind(self.indices["val" if self.streams else "train"].parts, manifest)
+        if self.window and not self.streams and is_remote(self.folder):
+            needed = (self.window + 1) * max(shard.size for shard in self.indices["train"].shards)
+            if needed > self.storage.limit:
+                raise UserError(
+                    f"data.storage.cache_gib = {self.storage.limit / 2**30:g}: data.window = {self.window} shards and"
+                    f" the next need at least {needed / 2**30:.2g}"
+                )
 
-    def _load(self, pattern: str) -> ShardIndex:
-        index = load_index(find_shards(self.folder, pattern))
-        highest = int(index.rows["label"].max())
-        if highest >= self.num_classes:
-            shard = index.shards[index.rows["shard"][index.rows["label"].argmax()]]
+    def _load(self, name: str) -> ShardIndex:
+        pattern = self.patterns[name]
+        index = load_index(self.storage, self.folder, pattern, self.format, self.policy, self.layout)
+        labels = index.columns["label"]
+        if (highest := int(labels.max())) >= self.num_classes:
             raise UserError(
-                f"data.num_classes = {self.num_classes}: {shard} holds class {highest}, so > {highest} is needed"
+                f"data.num_classes = {self.num_classes}: {index.location(int(labels.argmax()))} holds class {highest},"
+                f" so > {highest} is needed"
             )
         return index
+
+    # ---------------------------------------------------------------- loaders
 
     def micro_batch(self, accumulate: int) -> int:
         """Samples per rank and forward pass.
@@ -128,22 +180,32 @@ class ShardDataModule(L.LightningDataModule):
             )
         return self.batch_size // (world * accumulate)
 
-    def train_dataloader(self) -> StreamLoader:
+    def train_dataloader(self) -> Any:
         trainer = self.trainer
         if trainer is None:
             raise RuntimeError("train_dataloader needs a trainer: the stream is as long as its max_steps")
-
-        def first_step() -> int:
-            step = trainer.global_step
-            done = self._restored_samples
-            assert done in (None, step * self.batch_size), f"data state {done} does not fit step {step}"
-            self._restored_samples = None
-            return step
-
-        order = StreamOrder(len(self.indices["train"]), self.seed)
         micro_batch = self.micro_batch(trainer.accumulate_grad_batches)
-        reader = ShardReader(self.indices["train"], self.channels, self.transform)
-        return self._loader(reader, order, micro_batch, trainer.max_steps, first_step)
+        if self.streams:
+            return self._streamed(trainer, micro_batch)
+        index = self.indices["train"]
+        order = StreamOrder(len(index), self.seed, shard_of=index.shard_of, window=self.window)
+        return self._loader(self.reader("train", train=True), order, micro_batch, trainer.max_steps, self._first_step)
+
+    def _first_step(self) -> int:
+        """Optimiser steps already done, when the loader starts.
+
+        Raises:
+            UserError: if the data's saved state says something else.
+        """
+        assert self.trainer is not None
+        step, done = self.trainer.global_step, self._restored_samples
+        if done not in (None, step * self.batch_size):
+            raise UserError(
+                f"ckpt_path: the data's state ({done} samples) does not fit step {step} × data.batch_size"
+                f" {self.batch_size}"
+            )
+        self._restored_samples = None
+        return step
 
     def val_dataloader(self) -> StreamLoader:
         num_samples = len(self.indices["val"])
@@ -154,9 +216,9 @@ class ShardDataModule(L.LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def reader(self, name: Literal["train", "val"]) -> ShardReader:
-        """The pictures of one set, as validation sees them."""
-        return ShardReader(self.indices[name], self.channels, self.val_transform, once=True)
+    def reader(self, name: Literal["train", "val"], train: bool = False) -> ShardReader:
+        """The samples of one set, by default as validation sees them."""
+        return ShardReader(self.indices[name], self.storage, self.format, self.policy, train, self.seed)
 
     def _loader(
         self,
@@ -167,22 +229,93 @@ class ShardDataModule(L.LightningDataModule):
         first_step: Callable[[], int] = lambda: 0,
     ) -> StreamLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches = StreamBatches(order, self.batch_size, micro_batch, rank, world, num_steps, first_step)
-        return StreamLoader(
-            reader,
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory and torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+        ahead = self._ahead(order) if reader.train and is_remote(self.folder) else lambda place: None
+        batches = StreamBatches(order, self.batch_size, micro_batch, rank, world, num_steps, first_step, ahead)
+        return StreamLoader(reader, batch_sampler=batches, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "pin_memory": self.pin_memory and torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+            "collate_fn": collate,
+        }
+
+    def _ahead(self, order: StreamOrder) -> Callable[[int], None]:
+        """Fetch the shards of the present window and the next; on one rank per machine."""
+        if self.trainer is not None and self.trainer.local_rank != 0:
+            return lambda place: None
+        index = self.indices["train"]
+        self._prefetcher = prefetcher = Prefetcher(self.storage, index)
+        stride = max(self.batch_size, len(index) // len(index.shards) // 2)  # half a shard
+        asked = -1
+
+        def ahead(place: int) -> None:
+            nonlocal asked
+            if place // stride != asked:
+                asked = place // stride
+                reach = (self.window or len(index.shards)) * len(index) // len(index.shards)
+                prefetcher.ask(order.shards_ahead(place, min(reach + stride, len(index)))[: self.window + 1 or None])
+
+        return ahead
+
+    def _streamed(self, trainer: L.Trainer, micro_batch: int) -> "StreamedBatches":
+        if trainer.is_global_zero:
+            say(COSTS)
+        pattern = self.patterns["train"]
+        piped = pattern.startswith("pipe:")  # `check` asked for the permission
+        stream = WebDatasetStream(
+            list(braceexpand(pattern)) if piped else self.storage.expand(self.folder, pattern),
+            self.storage,
+            self.format,
+            self.policy,
+            self.seed,
+            trainer.global_rank,
+            trainer.world_size,
+            self.samples_per_shard,
+            self.shuffle_buffer,
+            lambda: self._first_step() * self.batch_size,
         )
+        return StreamedBatches(DataLoader(stream, batch_size=micro_batch, **self._loading()), self, trainer)
+
+    def teardown(self, stage: str) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    # ------------------------------------------------------- batches and state
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """On the device: what the network sees. All ranks take note of what any of them met, and stop together.
+
+        Raises:
+            AgreedError: if `faults` does not bear it.
+        """
+        train = self.trainer is not None and self.trainer.training
+        counts = self.counts["train" if train else "val"]
+        strategy = self.trainer.strategy if self.trainer else None
+        self.latest = counts.add(batch.pop("findings"), len(batch["label"]), strategy)
+        try:
+            self.policy.judge(self.latest, counts.faults, counts.samples)
+        except UserError as error:
+            raise AgreedError(str(error)) from None
+        return self.format.finish(batch, train)
+
+    def fingerprint(self) -> str:
+        if self.streams:
+            return f"webdataset {self.folder} {self.patterns['train']}"
+        return self.indices["train"].fingerprint
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
+        counts = self.counts["train"]
         return {
             "samples": self.trainer.global_step * self.batch_size,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "fingerprint": self.indices["train"].fingerprint,
+            "window": self.window,
+            "fingerprint": self.fingerprint(),
+            "faults": {"counts": dict(counts.counts), "samples": counts.samples},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,9 +324,31 @@ class ShardDataModule(L.LightningDataModule):
         Raises:
             UserError: naming what differs.
         """
-        for key, mine in (("batch_size", self.batch_size), ("seed", self.seed)):
-            if state[key] != mine:
+        for key, mine in (("batch_size", self.batch_size), ("seed", self.seed), ("window", self.window)):
+            if state.get(key, mine) != mine:
                 raise UserError(f"data.{key} = {mine}: the checkpoint was trained with {state[key]}; resume with that")
-        if state["fingerprint"] != self.indices["train"].fingerprint:
+        if state["fingerprint"] != self.fingerprint():
             raise UserError(f"data.folder = {self.folder}: not the samples that the checkpoint was trained on")
         self._restored_samples = state["samples"]
+        if faults := state.get("faults"):
+            self.counts["train"] = FaultCounts(Counter(faults["counts"]), faults["samples"])
+
+
+class StreamedBatches:
+    """Batches of `reader=webdataset`, told their places in the stream; as many as the run has left."""
+
+    def __init__(self, loader: DataLoader, data: ShardDataModule, trainer: L.Trainer) -> None:
+        self.loader, self.data, self.trainer = loader, data, trainer
+
+    def __len__(self) -> int:
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        trainer, batches = self.trainer, iter(self.loader)
+        world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+        for step in range(trainer.global_step, trainer.max_steps):
+            for micro in range(accumulate):
+                batch = next(batches)
+                size = len(batch["label"])
+                first = step * self.data.batch_size + (micro * world + trainer.global_rank) * size
+                yield batch | {"position": torch.arange(first, first + size)}

@@ -1,27 +1,39 @@
-"""Index tar shards once: where each sample's image lies, its class and its checksum.
+"""Index a set's shards once, so that any sample can be read directly and every rank gets equally many.
 
-A plain scan of the tar headers, so that any sample can be read directly (`data/reader.py`), every rank gets equally
-many, and damage is found before training: a tar cut short or with a broken header simply ends early for most readers.
+The index is one safetensors file: beside the shards if this project wrote them, else in the cache. Shards that have
+changed since, and those that an interruption left out, are scanned again.
 """
 
 import hashlib
-import io
+import json
 import os
+import re
 import tarfile
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 from numpy.typing import NDArray
 
-from mvsplit.utils.console import track
+from mvsplit.data.faults import DataFault, FaultPolicy, Finding
+from mvsplit.data.formats import Format, Manifest
+from mvsplit.data.scan import Columns, Shard, scan_folder, scan_tar, split_name
+from mvsplit.data.storage import Storage, is_remote
+from mvsplit.utils.console import say, track
 from mvsplit.utils.errors import UserError
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-"""What is decoded. Nothing else in a shard is read, and nothing is ever unpickled."""
-ROW = np.dtype([("shard", "i4"), ("offset", "i8"), ("size", "i8"), ("label", "i8"), ("crc32", "u4")])
+VERSION = 1
+SAVE_EVERY_S = 30.0
+WHOLE_SHARD = {"truncated", "bad_header", "missing_shard", "empty_shard", "network", "cache_full"}
+Layout = Literal["shards", "folders"]
 
 
 @dataclass(frozen=True)
@@ -29,111 +41,290 @@ class ShardIndex:
     """The samples of a list of shards, in file order.
 
     Attributes:
-        shards: the tar files. rows: one record of `ROW` per sample.
+        folder: path or address that the shards' names are relative to. shards, columns: see `data/scan.py`.
     """
 
-    shards: list[Path]
-    rows: NDArray
+    folder: str
+    shards: list[Shard]
+    columns: Columns
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.columns["label"])
+
+    @property
+    def parts(self) -> set[str]:
+        """Parts that at least one sample has."""
+        return {name.partition(".")[0] for name in self.columns if name.endswith(".size")}
+
+    @cached_property
+    def shard_of(self) -> NDArray:
+        """Number of each sample's shard."""
+        return np.repeat(np.arange(len(self.shards), dtype=np.int32), [s.samples for s in self.shards])
+
+    @cached_property
+    def starts(self) -> NDArray:
+        """Number of each shard's first sample, and at the end how many there are."""
+        return np.cumsum([0, *(s.samples for s in self.shards)])
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [finding for shard in self.shards for finding in shard.findings]
 
     @property
     def fingerprint(self) -> str:
         """Hash of all samples' checksums and classes: equal for the same data wherever it lies."""
-        content = np.stack([self.rows["crc32"].astype("<i8"), self.rows["label"].astype("<i8")])
+        content = np.stack([self.columns["data.crc32"].astype("<i8"), self.columns["label"].astype("<i8")])
         return hashlib.sha256(content.tobytes()).hexdigest()[:16]
 
+    def location(self, number: int) -> str:
+        """Path or address of the file that holds sample `number`."""
+        shard = int(self.shard_of[number])
+        name = f"{self.folder}/{self.shards[shard].name}"
+        files = self.shards[shard].files
+        return f"{name}/{files[number - int(self.starts[shard])]}" if files else name
 
-def find_shards(folder: Path, pattern: str) -> list[Path]:
-    """The shards that a data config names, sorted.
+    def key(self, storage: Storage, number: int) -> str:
+        """What to call sample `number`: its shard and, where the tar can still be read, its key."""
+        location, offset = self.location(number), int(self.columns["data.offset"][number])
+        name = location.removeprefix(f"{self.folder}/")
+        if not offset:
+            return name
+        try:
+            with storage.cached(location).open("rb") as file:
+                file.seek(offset - 512)  # the header right before the data
+                return f"{name}:{split_name(tarfile.TarInfo.frombuf(file.read(512), 'utf-8', 'replace').name)[0]}"
+        except (OSError, tarfile.TarError):
+            return f"{name}:byte {offset}"
+
+    def first(self, count: int) -> "ShardIndex":
+        """Only the first so many samples."""
+        counts = np.clip(count - self.starts[:-1], 0, np.diff(self.starts)).tolist()
+        shards = [replace(shard, samples=n) for shard, n in zip(self.shards, counts, strict=True)]
+        return ShardIndex(self.folder, shards, {name: column[:count] for name, column in self.columns.items()})
+
+    def lost(self) -> int:
+        """About how many samples the findings have cost: one each, for a damaged shard what the others hold."""
+        whole = [s.samples for s in self.shards if not s.findings] or [1]
+        lost = 0
+        for shard in self.shards:
+            kinds = [f.kind for f in shard.findings]
+            lost += sum(kind not in WHOLE_SHARD for kind in kinds)
+            if WHOLE_SHARD.intersection(kinds):
+                lost += max(1, round(sum(whole) / len(whole)) - shard.samples)
+        return lost
+
+
+def load_index(
+    storage: Storage,
+    folder: str,
+    pattern: str,
+    form: Format,
+    policy: FaultPolicy | None = None,
+    layout: Layout = "shards",
+) -> ShardIndex:
+    """The index of the shards that a pattern names: the kept one, brought up to date.
 
     Raises:
-        UserError: if the folder does not exist or nothing in it matches.
+        UserError: if there is nothing to index, or the policy does not bear what is damaged.
     """
-    if not folder.is_dir():
-        raise UserError(f"data.folder = {folder}: there is no such folder")
-    shards = sorted(p for p in folder.glob(pattern) if p.is_file())
-    if not shards:
-        raise UserError(f"data: no shards match '{pattern}' in {folder}")
-    return shards
+    policy, folder = policy or FaultPolicy(), folder.rstrip("/")
+    scan: Callable[[str], tuple[Shard, Columns]]
+    if layout == "folders":
+        files = _pictures(Path(folder, pattern), form)
+        names = [f"{pattern}/{name}" for name in files]
+        labels = {f"{pattern}/{name}": i for i, name in enumerate(files)}
+
+        def scan(name: str) -> tuple[Shard, Columns]:
+            return scan_folder(folder, name, files[name.removeprefix(f"{pattern}/")], labels[name], form)
+    else:
+        names = [location.removeprefix(f"{folder}/") for location in storage.expand(folder, pattern)]
+
+        def scan(name: str) -> tuple[Shard, Columns]:
+            return scan_tar(storage, folder, name, form)
+
+    key = json.dumps([folder, names, sorted(form.members.items())])
+    place = storage.cache_dir / "indices" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    kept = read_index(place, folder)
+    if kept is None and layout == "shards":
+        kept = read_index(_beside(storage, folder, own_index(pattern)), folder)
+    # A tar's entry that lists files would lead to other places.
+    known = {s.name: (s, c) for s, c in split(kept) if layout == "folders" or not s.files} if kept is not None else {}
+    index = _updated(folder, names, known, scan, policy, place)
+    _judge(index, policy)
+    return index
 
 
-def load_index(shards: list[Path], cache: bool = True) -> ShardIndex:
-    """Index the shards, or take the index kept beside them if the shards have not changed since.
+def _updated(
+    folder: str,
+    names: list[str],
+    known: dict[str, tuple[Shard, Columns]],
+    scan: Callable[[str], tuple[Shard, Columns]],
+    policy: FaultPolicy,
+    place: Path,
+) -> ShardIndex:
+    """Scan what is not known, keeping the index from time to time: an interruption costs no more."""
+    stale = {name for name in names if not _holds(known.get(name), folder, name)}
+    done: list[tuple[Shard, Columns]] = []
+    saved = time.monotonic()
+    for name in track(names, f"indexing {folder}") if stale else names:
+        new, old = known.get(name), known.get(name)
+        if name in stale:
+            new = scan(name)
+            if new[0].findings and policy.action == "fatal":
+                _save(place, folder, done)
+                policy.judge(new[0].findings, 1, 1)
+            if new[0].findings and old is not None and old[0].samples > new[0].samples:
+                # Damaged since: its samples keep their numbers, and reading them tells what is gone.
+                gone = old[0].samples - new[0].samples
+                say(f"data: {new[0].findings[0].message}; of the indexed samples {gone} are gone")
+                new = old
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                _save(place, folder, [*done, new])
+                saved = time.monotonic()
+        assert new is not None
+        done.append(new)
+    if stale:
+        _save(place, folder, done)
+    return merge(folder, done)
 
-    Raises:
-        UserError: naming shard and sample, if a shard is damaged or a sample lacks an image or a class.
-    """
-    stamp = hashlib.sha256("".join(f"{p.name} {(s := p.stat()).st_size} {s.st_mtime_ns}\n" for p in shards).encode())
-    kept = shards[0].parent / f".index-{stamp.hexdigest()[:16]}"
-    if kept.is_file():
-        digest, content = (data := kept.read_bytes())[:32], data[32:]
-        if hashlib.sha256(content).digest() == digest:  # a damaged index is only a reason to make it again
-            return ShardIndex(shards, np.frombuffer(content, dtype=ROW))
-    parts = [scan_shard(path, number) for number, path in enumerate(track(shards, "indexing shards"))]
-    rows = np.concatenate(parts)
-    if not len(rows):
-        raise UserError(f"data: the {len(shards)} shards in {shards[0].parent} hold no samples")
-    if cache and os.access(kept.parent, os.W_OK):
-        partial = kept.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(hashlib.sha256(rows.tobytes()).digest() + rows.tobytes())
-        partial.replace(kept)
-    return ShardIndex(shards, rows)
 
-
-def scan_shard(path: Path, number: int) -> NDArray:
-    """Rows of one shard.
-
-    Raises:
-        UserError: if the tar is damaged or a sample lacks an image or a class.
-    """
-    rows: list[tuple[int, int, int, int, int]] = []
+def _holds(known: tuple[Shard, Columns] | None, folder: str, name: str) -> bool:
+    """Whether what is known of a shard still holds, by size and time; its samples are verified as they are read."""
+    if known is None or known[0].findings:
+        return False
+    if is_remote(folder):
+        return True
     try:
-        with path.open("rb") as file:
-            for key, members in _samples(path, file):
-                image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
-                if image is None:
-                    raise UserError(f"{path}: sample '{key}' has no image ({', '.join(IMAGE_SUFFIXES)})")
-                if "cls" not in members:
-                    raise UserError(f"{path}: sample '{key}' has no class label ({key}.cls)")
-                label = _read(file, members["cls"])
-                if not label.strip().isdigit() or len(label.strip()) > 9:
-                    raise UserError(f"{path}: the class label of sample '{key}' is {label[:20]!r}, not a number")
-                rows.append((number, image.offset_data, image.size, int(label), zlib.crc32(_read(file, image))))
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not a readable tar shard ({error})") from error
-    return np.array(rows, dtype=ROW)
+        stat = os.stat(f"{folder}/{name}")
+    except OSError:
+        return False
+    return (known[0].files or stat.st_size == known[0].size) and known[0].mtime_ns in (0, stat.st_mtime_ns)
 
 
-def _read(file: io.BufferedReader, member: tarfile.TarInfo) -> bytes:
-    file.seek(member.offset_data)
-    return file.read(member.size)
+def _judge(index: ShardIndex, policy: FaultPolicy) -> None:
+    findings = index.findings
+    if not len(index):
+        reason = f": {findings[0].message}" if findings else ""
+        raise UserError(f"data: the {len(index.shards)} shards in {index.folder} hold no samples{reason}")
+    if findings:
+        lost, kinds = index.lost(), _listed(Counter(f.kind for f in findings))
+        if lost > policy.max_rate * (lost + len(index)):
+            raise UserError(
+                f"data.faults.max_rate = {policy.max_rate}: about {lost} of {lost + len(index)} samples in"
+                f" {index.folder} are damaged ({kinds}); the first: {findings[0].message}"
+            )
+        say(f"data: {len(index)} samples of {index.folder} can be read, about {lost} cannot ({kinds})")
+    ignored = sum((Counter(shard.ignored) for shard in index.shards), Counter[str]())
+    if ignored:
+        say(f"data: members in {index.folder} that are never read, by suffix: {_listed(ignored)}")
 
 
-def _samples(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Consecutive members with one key (the path up to the first dot of its last part) are one sample."""
-    key, end = "", 0
-    members: dict[str, tarfile.TarInfo] = {}
-    size = path.stat().st_size
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            end = member.offset_data + -(-member.size // 512) * 512
-            if not member.isfile():
-                continue
-            if end > size:
-                raise UserError(f"{path}: cut short inside '{member.name}'")
-            folder, _, name = member.name.rpartition("/")
-            stem, _, suffix = name.partition(".")
-            this = f"{folder}/{stem}" if folder else stem
-            if this != key and members:
-                yield key, members
-                members = {}
-            key = this
-            members[suffix.lower()] = member
-    if members:
-        yield key, members
-    # A tar ends with two blocks of zeros. Without them, or with a header that is not one, tarfile just stops.
-    file.seek(end)
-    if file.read(1024) != bytes(1024):
-        raise UserError(f"{path}: damaged at byte {end}, after sample '{key}': neither a header nor the end of the tar")
+def _listed(counts: Counter[Any]) -> str:
+    return ", ".join(f"{name} {n}" if str(name).isprintable() else f"{name!r} {n}" for name, n in sorted(counts.items()))
+
+
+def _pictures(root: Path, form: Format) -> dict[str, tuple[str, ...]]:
+    """Pictures of each class of an image folder `<root>/<class>/…`; classes and pictures sorted.
+
+    Raises:
+        UserError: if there are none.
+    """
+    suffixes = {f".{suffix}" for suffix in form.members["data"]}
+    if not root.is_dir():
+        raise UserError(f"data.folder = {root.parent}: there is no folder '{root.name}' in it")
+    classes = sorted(path for path in root.iterdir() if path.is_dir())
+    found = {
+        path.name: tuple(sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.suffix.lower() in suffixes))
+        for path in classes
+    }
+    if not any(found.values()):
+        raise UserError(f"data: no pictures in {root}/<class>/")
+    return found
+
+
+# ------------------------------------------------------------------- keeping
+
+
+def set_name(pattern: str) -> str:
+    """What the files beside a set's shards are called after: `train` for `train-*.tar` and `train-{000..146}.tar`."""
+    return re.split(r"[*?\[{\d]|\.tar", pattern.rpartition("/")[2])[0].strip("-_.") or "set"
+
+
+def own_index(pattern: str) -> str:
+    return f"{set_name(pattern)}.index.safetensors"
+
+
+def read_manifest(storage: Storage, folder: str, pattern: str) -> Manifest | None:
+    """What `src/encode.py` wrote about the set, if it did."""
+    try:
+        content = json.loads(_beside(storage, folder.rstrip("/"), f"{set_name(pattern)}.manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _beside(storage: Storage, folder: str, name: str) -> Path:
+    """A small file that may lie beside the shards, here or there."""
+    location = f"{folder}/{name}"
+    with suppress(DataFault):  # there is none
+        storage.local(location)
+    return storage.cached(location)
+
+
+def merge(folder: str, parts: list[tuple[Shard, Columns]]) -> ShardIndex:
+    """The index of several shards."""
+    dtypes = {name: column.dtype for _, columns in parts for name, column in columns.items()}
+    columns = {}
+    for name, dtype in sorted(dtypes.items()):
+        absent = -1 if name.endswith(".size") else 0
+        pieces = [part.get(name, np.full(shard.samples, absent, dtype)) for shard, part in parts]
+        columns[name] = np.concatenate(pieces)
+    return ShardIndex(folder, [shard for shard, _ in parts], columns or {"label": np.zeros(0, "i8")})
+
+
+def split(index: ShardIndex) -> Iterator[tuple[Shard, Columns]]:
+    """Inverse of `merge`."""
+    for shard, start in zip(index.shards, index.starts.tolist(), strict=False):
+        yield shard, {name: column[start : start + shard.samples] for name, column in index.columns.items()}
+
+
+def _save(place: Path, folder: str, parts: list[tuple[Shard, Columns]]) -> None:
+    try:
+        write_index(place, merge(folder, parts))
+    except OSError as error:
+        say(f"data: the index cannot be kept ({place}: {error.strerror or error}); it is made anew each time")
+
+
+def write_index(path: Path, index: ShardIndex) -> None:
+    """Write the index in one safetensors file, atomically."""
+    shards = [vars(shard) for shard in index.shards]
+    about = json.dumps({"version": VERSION, "shards": shards, "digest": _digest(index.columns, shards)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    safetensors.numpy.save_file(index.columns, partial, metadata={"index": about})
+    partial.replace(path)
+
+
+def read_index(path: Path, folder: str) -> ShardIndex | None:
+    """A kept index; None if there is none or it is damaged: then it is made anew."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            about = json.loads((file.metadata() or {})["index"])
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        if about["version"] != VERSION or about["digest"] != _digest(columns, about["shards"]):
+            return None
+        shards = [
+            Shard(**s | {"findings": tuple(Finding(*f) for f in s["findings"]), "files": tuple(s["files"])})
+            for s in about["shards"]
+        ]
+        consistent = all(len(column) == sum(s.samples for s in shards) for column in columns.values())
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        return None
+    return ShardIndex(folder, shards, columns) if consistent else None
+
+
+def _digest(columns: Columns, shards: list[dict[str, Any]]) -> str:
+    digest = hashlib.sha256(json.dumps(shards, sort_keys=True).encode())
+    for name in sorted(columns):
+        digest.update(name.encode() + columns[name].tobytes())
+    return digest.hexdigest()

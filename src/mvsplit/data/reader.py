@@ -1,90 +1,168 @@
-"""Read single samples out of tar shards by position: `pread`, checksum, decode, transform."""
+"""Read single samples out of indexed shards: `pread`, checksum, decode; a batch at a time.
 
-import io
+A sample that cannot be read never raises: the batch keeps its size and says what happened (`data/faults.py`).
+"""
+
+import json
 import os
 import zlib
-from collections.abc import Callable
-from typing import Literal
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
 
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
+import torch
+from torch.utils.data import Dataset, default_collate
 
+from mvsplit.data.faults import DataFault, FaultPolicy, Finding
+from mvsplit.data.formats import Format
 from mvsplit.data.index import ShardIndex
-from mvsplit.utils.errors import UserError
+from mvsplit.data.storage import Storage, is_remote
+from mvsplit.utils.rng import Stream, bits
 
-Sample = dict[str, Tensor | int | float]
-Transform = Callable[[Tensor, int], Tensor]
-"""(uint8 image (C, height, width), place in the training stream) → float image in [−1, 1]."""
+Sample = dict[str, Any]
+MAX_OPEN = 64
+"""Files that a reader keeps open."""
+MAX_SUBSTITUTES = 16
+"""Others tried in the place of a damaged sample."""
 
 
-def decode(data: bytes, mode: Literal["L", "RGB"]) -> Tensor:
-    """An encoded picture as (1 or 3, height, width) uint8.
-
-    By Pillow: torchvision's own decoder dies of a damaged PNG with the whole process.
-
-    Raises:
-        ValueError, OSError, SyntaxError: if it is damaged, or holds more than 8 bits a channel.
-    """
-    with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as image:
-        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-            raise ValueError(f"{image.mode} pixels; 8 bits a channel are read")
-        return pil_to_tensor(image.convert(mode))
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """A batch: stacked tensors, captions as a list, and the samples' findings in one list."""
+    findings = [finding for sample in samples for finding in sample.pop("findings")]
+    return default_collate(samples) | {"findings": findings}
 
 
 class ShardReader(Dataset[Sample]):
     """Map-style view of an index; items are asked for as (place in the stream, sample number).
 
-    Items: `image` (C, height, width) float32, `label`, `index` (sample number), `position` (place in the stream),
-    `weight` (1, or 0 for places beyond the first pass where `once` is set).
+    Items: what the format decodes, `label`, `index` (number of the sample that was read), `position` (place in the
+    stream), `caption` if the set has captions, `weight` (1; 0 for damaged samples of validation and places beyond its
+    first pass), `findings`.
 
     Args:
-        channels: 1 decodes to grey, 3 to RGB. transform: see `Transform`.
+        train: False reads each sample once, as validation does: without augmentation, and a damaged one has weight 0
+            instead of a substitute.
+        seed: of the choice of substitutes.
     """
 
-    def __init__(self, index: ShardIndex, channels: int, transform: Transform, once: bool = False) -> None:
-        self.index, self.transform, self.once = index, transform, once
-        self.mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
-        self._files: dict[int, int] = {}
+    def __init__(
+        self, index: ShardIndex, storage: Storage, form: Format, policy: FaultPolicy, train: bool, seed: int = 0
+    ) -> None:
+        self.index, self.storage, self.form, self.policy = index, storage, form, policy
+        self.train, self.seed = train, seed
+        self._captions = "caption" if {"txt", "json"} & index.parts else None
+        self._files: OrderedDict[str, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": {}}  # file descriptors do not travel to other processes
-
-    def raw(self, number: int) -> bytes:
-        """The encoded image of sample `number`.
-
-        Raises:
-            UserError: if its bytes are not those that were indexed.
-        """
-        row = self.index.rows[number]
-        shard = int(row["shard"])
-        if shard not in self._files:
-            self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
-        data = os.pread(self._files[shard], int(row["size"]), int(row["offset"]))
-        if zlib.crc32(data) != row["crc32"]:
-            raise UserError(f"{self.index.shards[shard]}: sample {number} at byte {row['offset']} fails its checksum")
-        return data
+        return self.__dict__ | {"_files": OrderedDict()}  # file descriptors do not travel to other processes
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
-        position, number = item
-        row = self.index.rows[number]
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[Sample]:
+        """The samples of a batch."""
+        parts = self.form.choose([position for position, _ in items], self.train)
+        return [self._sample(position, number, part) for (position, number), part in zip(items, parts, strict=True)]
+
+    def _sample(self, position: int, number: int, part: str) -> Sample:
+        findings: list[Finding] = []
+        first = number
+        for attempt in range(MAX_SUBSTITUTES + 1):
+            try:
+                sample = self.read(position, number, part)
+                break
+            except DataFault as fault:
+                last = attempt == MAX_SUBSTITUTES
+                findings.append(Finding(fault.kind, str(fault), hopeless=last))
+                if self.policy.action == "fatal" or not self.train or last:
+                    sample = self.form.blank() | {"label": 0, "index": first, "position": position, "weight": 0.0}
+                    sample |= {self._captions: ""} if self._captions else {}
+                    break
+                draw = bits(self.seed, Stream.SUBSTITUTE, torch.tensor([position]), attempt + 1)[0, attempt]
+                number = int(draw) % len(self.index)
+        findings += [Finding("retried", line) for line in self.storage.retried]
+        self.storage.retried.clear()
+        return sample | {"findings": findings}
+
+    def read(self, position: int, number: int, part: str = "data") -> Sample:
+        """One sample, as it is.
+
+        Raises:
+            DataFault: naming shard and sample.
+        """
+        data = self.raw(number, part)
         try:
-            image = decode(self.raw(number), self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            if isinstance(error, UserError):
-                raise
-            where = self.index.shards[int(row["shard"])]
-            raise UserError(
-                f"{where}: sample {number} at byte {row['offset']} does not decode as an image ({error})"
-            ) from error
-        return {
-            "image": self.transform(image, position),
-            "label": int(row["label"]),
+            sample: Sample = dict(self.form.decode(data, position, self.train))
+        except Exception as error:  # decoders fail in many ways, all of them the data's fault
+            raise self._fault("undecodable", number, f"does not decode ({' '.join(str(error).split())[:120]})") from None
+        first_pass = self.train or position < len(self.index)
+        sample |= {
+            "label": int(self.index.columns["label"][number]),
             "index": number,
             "position": position,
-            "weight": float(not self.once or position < len(self)),
+            "weight": float(first_pass),
         }
+        if self._captions:
+            sample[self._captions] = self._caption(number)
+        return sample
+
+    def _caption(self, number: int) -> str:
+        for part in ("txt", "json"):
+            if part in self.index.parts and self.index.columns[f"{part}.size"][number] >= 0:
+                text = self.raw(number, part).decode(errors="replace")
+                return text if part == "txt" else str(json.loads(text)["caption"])
+        return ""
+
+    def raw(self, number: int, part: str = "data") -> bytes:
+        """The bytes of one member of sample `number`.
+
+        Raises:
+            DataFault: if they are not those that were indexed, or cannot be had.
+        """
+        columns = self.index.columns
+        offset, size = int(columns[f"{part}.offset"][number]), int(columns[f"{part}.size"][number])
+        if size < 0:
+            raise self._fault("missing_member", number, f"has no member for '{part}'")
+        file = self._open(number)
+        data = os.pread(file, size, offset)
+        if zlib.crc32(data) == columns[f"{part}.crc32"][number]:
+            return data
+        # Once more from a file opened anew: a cached shard may have been fetched again meanwhile.
+        os.close(self._files.pop(self.index.location(number)))
+        file = self._open(number)
+        data = os.pread(file, size, offset)
+        if zlib.crc32(data) == columns[f"{part}.crc32"][number]:
+            return data
+        if len(data) < size:
+            raise self._fault("truncated", number, "lies beyond the end of the shard")
+        shard = self.index.shards[int(self.index.shard_of[number])]
+        if not shard.files and os.fstat(file).st_size != shard.size:
+            raise self._fault("replaced_shard", number, "is gone: not the shard that was indexed")
+        raise self._fault("checksum", number, "fails its checksum")
+
+    def _open(self, number: int) -> int:
+        location = self.index.location(number)
+        if location in self._files:
+            self._files.move_to_end(location)
+            return self._files[location]
+        shard = self.index.shards[int(self.index.shard_of[number])]
+        for attempt in (1, 2):  # another process may make room in the cache between the two lines
+            path = self.storage.local(location, shard.size, shard.sha256)
+            try:
+                file = os.open(path, os.O_RDONLY)
+                break
+            except OSError as error:
+                if attempt == 2 or not is_remote(location):
+                    raise DataFault("missing_shard", f"{location}: {error.strerror}") from None
+        self._files[location] = file
+        while len(self._files) > MAX_OPEN:
+            os.close(self._files.popitem(last=False)[1])
+        return file
+
+    def _fault(self, kind: Any, number: int, what: str) -> DataFault:
+        offset = int(self.index.columns["data.offset"][number])
+        key = self.index.key(self.storage, number).rpartition(":")[2]
+        return DataFault(kind, f"{self.index.location(number)}: sample {number} ('{key}') at byte {offset} {what}")

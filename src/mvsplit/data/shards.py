@@ -1,4 +1,4 @@
-"""Write WebDataset tar shards: for each sample `<key>.png` (or jpg, jpeg, webp) and `<key>.cls`, the class in ASCII."""
+"""Write WebDataset tar shards: a tar per so many samples, whole or not there."""
 
 import os
 from collections.abc import Iterable
@@ -8,13 +8,27 @@ from pathlib import Path
 import webdataset as wds
 
 
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> None:
+    """Write one shard; it appears under its name only when it is whole, and its bytes depend on the samples alone.
+
+    Args:
+        samples: (key, {suffix without the first dot: content}).
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        with wds.TarWriter(file, mtime=0, user="", group="", mode=0o644) as writer:
+            for key, members in samples:
+                writer.write({"__key__": key} | members)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 def write_shards(folder: Path, name: str, samples: Iterable[tuple[bytes, str, int]], shard_size: int) -> list[Path]:
     """Write shards `<name>-000000.tar`, … of up to `shard_size` samples each.
 
-    A shard appears under its name only when it is whole: an interrupted write leaves nothing that could be read.
-
     Args:
-        samples: (encoded image, its file suffix without the dot, class).
+        samples: (encoded image, its file suffix without the dot, class), as `<key>.<suffix>` and `<key>.cls`.
 
     Returns:
         The shards' paths.
@@ -23,12 +37,13 @@ def write_shards(folder: Path, name: str, samples: Iterable[tuple[bytes, str, in
     paths: list[Path] = []
     samples, number = iter(samples), 0
     while group := list(islice(samples, shard_size)):
-        path = folder / f"{name}-{len(paths):06d}.tar"
-        partial = path.with_suffix(f".tar.{os.getpid()}.partial")
-        with wds.TarWriter(str(partial), mtime=0) as writer:
-            for image, suffix, label in group:
-                writer.write({"__key__": f"{name}{number:08d}", suffix: image, "cls": str(label).encode()})
-                number += 1
-        partial.replace(path)
-        paths.append(path)
+        paths.append(folder / f"{name}-{len(paths):06d}.tar")
+        write_shard(
+            paths[-1],
+            [
+                (f"{name}{number + i:08d}", {suffix: image, "cls": str(label).encode()})
+                for i, (image, suffix, label) in enumerate(group)
+            ],
+        )
+        number += len(group)
     return paths

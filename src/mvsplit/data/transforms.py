@@ -1,17 +1,21 @@
-"""From a decoded picture to the network's input. A transform is called as (uint8 image, place in the stream)."""
+"""From a decoded picture to pixels of the wanted size. A transform is called as (picture, place in the stream)."""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as T
 
 from mvsplit.utils.rng import Stream, uniform
 
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """Scale the shorter side to fit, crop the centre, map 0 … 255 to [−1, 1].
+    """ADM's preprocessing of ImageNet, which published FID values stand on; exactly that for square sizes.
+
+    Halve with a box filter while both sides stay at least as long as wanted, scale the shorter side to fit with a
+    bicubic one, crop the centre.
 
     Args:
         image_size: [height, width]. flip: mirror half of the pictures, chosen by (seed, place in the stream).
@@ -22,13 +26,19 @@ class CentreCrop:
     flip: bool = False
     seed: int = 0
 
-    def __call__(self, image: Tensor, position: int) -> Tensor:
-        """(C, any height, any width) uint8 → (C, height, width) float32."""
-        height, width = self.image_size
-        if image.shape[1:] != (height, width):
-            scale = max(height / image.shape[1], width / image.shape[2])
-            size = [max(height, round(image.shape[1] * scale)), max(width, round(image.shape[2] * scale))]
-            image = T.center_crop(T.resize(image, size, antialias=True), [height, width])
+    def __call__(self, image: Image.Image, position: int) -> Tensor:
+        """A grey or RGB picture of any size → (C, height, width) uint8."""
+        pixels = torch.from_numpy(np.array(self.crop(image))).reshape(*self.image_size, -1).permute(2, 0, 1)
         if self.flip and uniform(self.seed, Stream.AUGMENT, torch.tensor([position])).item() < 0.5:
-            image = image.flip(-1)
-        return image.float() / 127.5 - 1
+            pixels = pixels.flip(-1)
+        return pixels.contiguous()
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        height, width = self.image_size
+        while image.height >= 2 * height and image.width >= 2 * width:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = max(height / image.height, width / image.width)
+        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))

@@ -41,5 +41,5 @@ class Recogniser:
 
 def _pixels(reader: ShardReader) -> tuple[NDArray, NDArray]:
     samples = [reader[0, number] for number in range(len(reader))]
-    images = np.stack([sample["image"].flatten().numpy() for sample in samples])  # type: ignore[union-attr]
+    images = np.stack([sample["image"].flatten().numpy() / 127.5 - 1 for sample in samples])
     return images, np.array([sample["label"] for sample in samples])

@@ -58,6 +58,18 @@ def check_fits(state: dict[str, Tensor], network: dict[str, Tensor]) -> None:
             )
 
 
+def set_micro_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Let the trainer's count of micro-batches follow from the optimiser steps done.
+
+    It is saved as it was with the accumulation of then; with another one the trainer would step and validate at the
+    wrong micro-batches.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        for key in counts:
+            counts[key] = checkpoint["global_step"] * accumulate
+
+
 class SavedRun:
     """A trained network with the config it was trained by.
 

@@ -17,7 +17,7 @@ from mvsplit import __version__
 from mvsplit.flow.objective import Flow, velocity_loss
 from mvsplit.flow.sampler import Sampler, sample_noise
 from mvsplit.flow.times import time_shift
-from mvsplit.training.checkpoints import MARK, check_fits
+from mvsplit.training.checkpoints import MARK, check_fits, set_micro_batches
 from mvsplit.training.optim import AdamW
 from mvsplit.training.strategies import shard_network
 from mvsplit.utils.rng import Seed, Stream, normal, step_seed
@@ -81,6 +81,7 @@ class FlowModule(L.LightningModule):
         checkpoint[MARK] = __version__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        set_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
         if "state_dict" in checkpoint:  # sharded strategies load weights their own way
             check_fits(checkpoint["state_dict"], self.state_dict())
 

@@ -196,6 +196,15 @@ def locked(output_dir: Path) -> Iterator[None]:
         yield
 
 
+def show_faults(trainer: Trainer) -> None:
+    """What was wrong with the data, by kind, if anything was."""
+    counts = trainer.datamodule.counts
+    rows = {f"{name}: {kind}": str(n) for name in counts for kind, n in sorted(counts[name].counts.items())}
+    if rows:
+        samples = ", ".join(f"{counts[name].samples} of {name}" for name in counts)
+        show_table(f"data faults among the samples read ({samples})", rows)
+
+
 def plain_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -218,6 +227,7 @@ def show_summary(trainer: Trainer, metrics: dict[str, float], output_dir: Path, 
     """The table at the end of a run: metrics, where everything is, and the command that shows the log."""
     rows = {name: f"{value:.4g}" for name, value in sorted(metrics.items()) if "loss_t_" not in name}
     show_table("run finished", rows)
+    show_faults(trainer)
     for callback in trainer.callbacks:
         if isinstance(callback, LastCheckpoint) and (callback.folder / "last.ckpt").exists():
             say(f"last checkpoint  {callback.folder / 'last.ckpt'}")

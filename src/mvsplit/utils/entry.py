@@ -12,12 +12,13 @@ from typing import Any
 import hydra
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from mvsplit.utils.config import describe_unknown, locate, parameters_of
-from mvsplit.utils.errors import UserError
+from mvsplit.utils.errors import AgreedError, UserError
 from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers
 
 
@@ -59,6 +60,8 @@ def told() -> Iterator[None]:
     """Turn a user's mistake into one line and an exit status."""
     try:
         yield
+    except AgreedError as error:
+        sys.exit(fail(str(error)) if rank_zero_only.rank == 0 else 2)
     except (ValueError, HydraException, OmegaConfBaseException, MisconfigurationException, OSError) as error:
         if not is_users(error):
             raise

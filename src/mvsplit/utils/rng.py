@@ -32,6 +32,10 @@ class Stream(IntEnum):
     VAL_NOISE = 6
     SAMPLE_NOISE = 7
     STEP = 8
+    LATENT = 9
+    VAL_LATENT = 10
+    SUBSTITUTE = 11
+    SHARD_SHUFFLE = 12
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,25 @@
+"""A record of what was trained on, sample by sample: for audits, and to see that a resume lost and repeated nothing."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+
+class SampleRecord(Callback):
+    """Appends a line per micro-batch to `samples_rank_<r>.txt`: the step, and place=key of each sample.
+
+    Args:
+        folder: where the files go.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        index = data.indices["train"]
+        pairs = zip(batch["position"].tolist(), batch["index"].tolist(), strict=True)
+        keys = " ".join(f"{place}={index.key(data.storage, number)}" for place, number in pairs)
+        with (self.folder / f"samples_rank_{trainer.global_rank}.txt").open("a") as file:
+            file.write(f"{trainer.global_step} {keys}\n")

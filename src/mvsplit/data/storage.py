@@ -1,0 +1,259 @@
+"""Where shards lie: local files, or https, S3 and GCS addresses, fetched whole into a cache through fsspec.
+
+A fetch is bounded in time (every read has a time-out), in size (the cache's limit) and in tries (back-off between
+them), verified, and renamed into place when it is whole. Processes of one machine share the cache: one fetches a
+shard, the others wait for it.
+"""
+
+import errno
+import hashlib
+import os
+import random
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+import fsspec
+from braceexpand import UnbalancedBracesError, braceexpand
+from filelock import FileLock
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+from mvsplit.data.faults import DataFault
+from mvsplit.utils.errors import UserError
+
+PROTOCOLS = ("https", "http", "s3", "gs")
+MAX_SHARDS = 1_000_000
+CHUNK = 1 << 20
+REMEMBER_S = 60.0
+"""For how long a shard that could not be fetched is not tried again: its samples fail at once meanwhile."""
+
+
+def is_remote(location: str) -> bool:
+    return "://" in location
+
+
+class Storage:
+    """Finds, fetches and keeps shards.
+
+    Args:
+        cache_dir: where remote shards and indices are kept. cache_gib: limit of the kept shards; the least recently
+            used go first.
+        retries: further tries of a fetch that failed. backoff_s: pause before the first of them; each next is twice as
+            long. timeout_s: of connecting, and of each read: a server that stalls is left.
+        token_env: environment variable whose value is sent as bearer token to https addresses, if it is set. S3 and GCS
+            take their credentials from their own usual places.
+        options: further arguments of the fsspec file system, e.g. `{anon: true}` for public S3 buckets.
+    """
+
+    def __init__(
+        self,
+        cache_dir: str,
+        cache_gib: PositiveFloat = 100.0,
+        retries: NonNegativeInt = 5,
+        backoff_s: NonNegativeFloat = 1.0,
+        timeout_s: PositiveFloat = 30.0,
+        token_env: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.cache_dir, self.limit = Path(cache_dir), int(cache_gib * 2**30)
+        self.retries, self.backoff_s, self.timeout_s = retries, backoff_s, timeout_s
+        self.token_env, self.options = token_env, options or {}
+        self.retried: list[str] = []
+        """Fetches that succeeded only after a retry, one line each, since somebody last emptied the list."""
+        self._failed: dict[str, tuple[float, DataFault]] = {}
+
+    # ---------------------------------------------------------------- finding
+
+    def expand(self, folder: str, pattern: str) -> list[str]:
+        """Locations of the shards that a pattern with {000..146} or * names below a folder or address.
+
+        Raises:
+            UserError: if the folder does not exist, nothing matches, or the pattern cannot be used there.
+        """
+        try:
+            names = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
+        except UnbalancedBracesError:
+            raise UserError(f"data: '{pattern}' has unbalanced braces") from None
+        if len(names) > MAX_SHARDS:
+            raise UserError(f"data: '{pattern}' names more than {MAX_SHARDS} shards")
+        locations = [found for name in names for found in self._matches(folder, name)]
+        if not locations:
+            raise UserError(f"data: no shards match '{pattern}' in {folder}")
+        return locations
+
+    def _matches(self, folder: str, name: str) -> list[str]:
+        wild = any(c in name for c in "*?[")
+        if is_remote(folder):
+            base = f"{folder.rstrip('/')}/{name}"
+            protocol = self._protocol(base)
+            if not wild:
+                return [base]
+            if protocol in ("http", "https"):
+                raise UserError(f"data: '{name}' cannot be looked for at {folder}; name the shards, e.g. {{000..146}}")
+            return sorted(f"{protocol}://{found}" for found in self._filesystem(protocol).glob(base))
+        if not Path(folder).is_dir():
+            raise UserError(f"data.folder = {folder}: there is no such folder")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"data: '{name}' leads out of {folder}")
+        return sorted(str(p) for p in Path(folder).glob(name) if p.is_file()) if wild else [str(Path(folder, name))]
+
+    @staticmethod
+    def _protocol(location: str) -> str:
+        protocol = location.partition("://")[0]
+        if protocol not in PROTOCOLS:  # chained ones (`simplecache::…`) and `pipe:` too
+            raise UserError(f"data.folder = {location}: allowed are local paths, {', '.join(PROTOCOLS)}")
+        return protocol
+
+    def _filesystem(self, protocol: str) -> Any:
+        options: dict[str, Any] = dict(self.options)
+        if protocol in ("http", "https"):
+            import aiohttp
+
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.timeout_s, sock_read=self.timeout_s)
+            options["client_kwargs"] = {"timeout": timeout}
+            if protocol == "https" and self.token_env and (token := os.environ.get(self.token_env)):
+                options["headers"] = {"Authorization": f"Bearer {token}"}  # dropped where a redirect leaves the host
+        elif protocol == "s3":
+            limits = {"connect_timeout": self.timeout_s, "read_timeout": self.timeout_s, "retries": {"max_attempts": 1}}
+            options["config_kwargs"] = limits
+        else:
+            options["timeout"] = self.timeout_s
+        try:
+            return fsspec.filesystem(protocol, **options)
+        except ImportError:
+            raise UserError(f"{protocol}:// needs another package: pip install 'mvsplit[remote]'") from None
+
+    # --------------------------------------------------------------- fetching
+
+    def cached(self, location: str) -> Path:
+        """Where a shard is on this machine, or will be."""
+        if not is_remote(location):
+            return Path(location)
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", urlsplit(location).path.rpartition("/")[2])[-80:]
+        return self.cache_dir / "shards" / f"{hashlib.sha256(location.encode()).hexdigest()[:16]}-{name}"
+
+    def local(self, location: str, size: int | None = None, sha256: str | None = None) -> Path:
+        """The shard as a local file, fetched if need be.
+
+        Args:
+            size, sha256: what it must be, if known.
+
+        Raises:
+            DataFault: `missing_shard`, `replaced_shard`, `network` or `cache_full`.
+        """
+        if not is_remote(location):
+            return Path(location)
+        path = self.cached(location)
+        if self._usable(path, size):
+            return path
+        when, fault = self._failed.get(location, (-REMEMBER_S, None))
+        if fault is not None and time.monotonic() - when < REMEMBER_S:
+            raise fault
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                if not self._usable(path, size):
+                    self._fetch(location, path, size, sha256)
+        except OSError as error:
+            raise UserError(f"data.storage.cache_dir = {self.cache_dir}: {error.strerror or error}") from error
+        except DataFault as fault:
+            self._failed[location] = (time.monotonic(), fault)
+            raise
+        return path
+
+    @staticmethod
+    def _usable(path: Path, size: int | None) -> bool:
+        try:
+            if size is not None and path.stat().st_size != size:
+                return False
+            os.utime(path)  # used just now: the last to go
+            return True
+        except OSError:
+            return False
+
+    def _fetch(self, location: str, path: Path, size: int | None, sha256: str | None) -> None:
+        partial = path.with_name(f"{path.name}.partial")
+        reason = ""
+        try:
+            for attempt in range(self.retries + 1):
+                if attempt:
+                    time.sleep(self.backoff_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+                try:
+                    self._make_room(size or 0)
+                    digest = self._download(location, partial)
+                except DataFault:
+                    raise
+                except FileNotFoundError:
+                    raise DataFault("missing_shard", f"{location}: there is no such shard") from None
+                except PermissionError as error:
+                    raise DataFault("network", f"{location}: access denied ({_line(error)})") from None
+                except Exception as error:  # each protocol's library has kinds of its own
+                    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                        raise DataFault(
+                            "cache_full", f"{location}: no room for it in data.storage.cache_dir = {self.cache_dir}"
+                        ) from None
+                    status = getattr(error, "status", 0)
+                    if status in (401, 403):
+                        raise DataFault("network", f"{location}: access denied (status {status})") from None
+                    reason = f"{type(error).__name__} {_line(error)}".strip()
+                    continue
+                if (size is None or partial.stat().st_size == size) and sha256 in (None, digest):
+                    os.replace(partial, path)
+                    if attempt:
+                        self.retried.append(f"{location}: fetched at try {attempt + 1} ({reason})")
+                    return
+                reason = "replaced"
+            if reason == "replaced":
+                raise DataFault("replaced_shard", f"{location}: not the shard that was indexed")
+            raise DataFault("network", f"{location}: could not be fetched in {self.retries + 1} tries ({reason})")
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def _download(self, location: str, partial: Path) -> str:
+        digest, size = hashlib.sha256(), 0
+        with self.stream(location) as source, partial.open("wb") as target:
+            while chunk := source.read(CHUNK):
+                size += len(chunk)
+                if size > self.limit:
+                    raise DataFault("cache_full", f"{location}: larger than data.storage.cache_gib allows")
+                digest.update(chunk)
+                target.write(chunk)
+        return digest.hexdigest()
+
+    def stream(self, location: str) -> IO[bytes]:
+        """The shard opened for reading from front to back, without keeping it."""
+        if not is_remote(location):
+            return Path(location).open("rb")
+        protocol = self._protocol(location)
+        options = {"block_size": 0} if protocol in ("http", "https") else {"cache_type": "readahead"}
+        return self._filesystem(protocol).open(location, "rb", **options)
+
+    def _make_room(self, incoming: int) -> None:
+        """Remove the least recently used shards until the rest and what comes are within the limit.
+
+        Who still has one open reads on: the file goes when it is closed.
+        """
+        kept = sorted(self._kept())
+        total = sum(size for _, size, _ in kept) + incoming
+        for _, size, path in kept:
+            if total <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def _kept(self) -> Iterator[tuple[int, int, Path]]:
+        for path in (self.cache_dir / "shards").iterdir():
+            if not path.name.endswith((".lock", ".partial")):
+                with suppress(FileNotFoundError):
+                    stat = path.stat()
+                    yield stat.st_mtime_ns, stat.st_size, path
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120]
