@@ -155,9 +155,7 @@ class _Samples:
     Consecutive members with one key (the path up to the first dot of its last part) are one sample.
     """
 
-    def __init__(
-        self, file: IO[bytes], size: int, form: Format, found: _Findings, ignored: Counter[str]
-    ) -> None:
+    def __init__(self, file: IO[bytes], size: int, form: Format, found: _Findings, ignored: Counter[str]) -> None:
         self.file, self.size, self.found, self.ignored = file, size, found, ignored
         self.part_of = {suffix: part for part, suffixes in form.members.items() for suffix in suffixes}
         self.key = ""

@@ -19,7 +19,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from filelock import FileLock
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -77,8 +77,8 @@ class Storage:
         """
         try:
             names = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
-        except UnbalancedBracesError:
-            raise UserError(f"data: '{pattern}' has unbalanced braces") from None
+        except ValueError as error:
+            raise UserError(f"data: '{pattern}' is no pattern of names ({error})") from None
         if len(names) > MAX_SHARDS:
             raise UserError(f"data: '{pattern}' names more than {MAX_SHARDS} shards")
         locations = [found for name in names for found in self._matches(folder, name)]

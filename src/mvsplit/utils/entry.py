@@ -61,7 +61,7 @@ def told() -> Iterator[None]:
     try:
         yield
     except AgreedError as error:
-        sys.exit(fail(str(error)) if rank_zero_only.rank == 0 else 2)
+        sys.exit(fail(str(error)) if getattr(rank_zero_only, "rank", 0) == 0 else 2)
     except (ValueError, HydraException, OmegaConfBaseException, MisconfigurationException, OSError) as error:
         if not is_users(error):
             raise
