@@ -42,7 +42,7 @@ def test_all_groups_of_the_design_are_there() -> None:
 def test_every_config_composes_and_builds(group: str, option: str) -> None:
     # Hydra's own settings in debug and hparams_search are for its launcher and are not composed here.
     # The networks of width 1024 are for pictures of 256 × 256.
-    large = ["data=imagenet"] if option.startswith("layers_") else []
+    large = ["data=imagenet_images"] if option.startswith("layers_") else []
     config = checked(f"{group}={option}", *large)
     for name in ("data", "residual", "flow", "sampler", "optim"):
         assert build(config[name]) is not None

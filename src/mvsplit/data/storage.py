@@ -7,6 +7,7 @@ shard, the others wait for it.
 
 import errno
 import hashlib
+import math
 import os
 import random
 import re
@@ -75,6 +76,9 @@ class Storage:
         Raises:
             UserError: if the folder does not exist, nothing matches, or the pattern cannot be used there.
         """
+        spans = [abs(int(b) - int(a)) + 1 for a, b in re.findall(r"\{(-?\d{1,12})\.\.(-?\d+)", pattern)]
+        if math.prod(spans) > MAX_SHARDS:  # before anything is spelt out
+            raise UserError(f"data: '{pattern}' names more than {MAX_SHARDS} shards")
         try:
             names = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
         except ValueError as error:
