@@ -22,4 +22,4 @@ class SampleRecord(Callback):
         pairs = zip(batch["position"].tolist(), batch["index"].tolist(), strict=True)
         keys = " ".join(f"{place}={index.key(data.storage, number)}" for place, number in pairs)
         with (self.folder / f"samples_rank_{trainer.global_rank}.txt").open("a") as file:
-            file.write(f"{trainer.global_step} {keys}\n")
+            file.write(f"{trainer.global_step} {keys} .\n")  # the dot: written whole
