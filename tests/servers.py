@@ -1,5 +1,6 @@
 """A real HTTP server on this machine that serves a folder and misbehaves as it is told."""
 
+import json
 import threading
 import time
 from collections import Counter, defaultdict
@@ -61,6 +62,42 @@ class FaultyServer:
             request.close_connection = True
             return
         request.wfile.write(body)
+
+
+@contextmanager
+def serve_gcs(bucket: str, objects: dict[str, Path]) -> Iterator[str]:
+    """Google's storage protocol as far as listing, describing and reading objects go; yields its address."""
+    about = {
+        name: {"kind": "storage#object", "name": name, "bucket": bucket, "size": str(path.stat().st_size)}
+        for name, path in objects.items()
+    }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            route = self.path.partition("?")[0]
+            name = route.rpartition("/o/")[2]
+            if route.endswith("/o"):
+                body = json.dumps({"kind": "storage#objects", "items": list(about.values())}).encode()
+            elif name in objects:
+                reads = "alt=media" in self.path
+                body = objects[name].read_bytes() if reads else json.dumps(about[name]).encode()
+            else:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Mean-variance split residuals for very deep diffusion transformers (arXiv 2605.06169).
 
-Scripts import this package before torch and webdataset, because of the two things it does.
+Scripts import this package before torch and webdataset, because of the three things it does.
 """
 
 import os
@@ -11,5 +11,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # WebDataset reads this when it is imported: no shell for `pipe:` addresses, no unpickling of members.
 os.environ.setdefault("WDS_SECURE", "1")
+
+# So does the library for gs:// addresses: its newer protocol does not survive the fork of a reading process.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 __version__ = "0.1.0"

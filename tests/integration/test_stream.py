@@ -80,6 +80,10 @@ def start_rank(*arguments: Any) -> int:
     return child
 
 
+def running(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def lines_of(folder: Path) -> int:
     return sum(file.read_text().count(".\n") for file in folder.glob("*.txt"))
 
@@ -99,13 +103,13 @@ def test_the_loader_killed_ten_times_and_resumed_otherwise_reads_the_same(tmp_pa
         ranks = [start_rank(tmp_path / "set", folder, rank, world, workers, micro, done) for rank in range(world)]
         if attempt < 10:  # killed at a random place; the last may end
             wanted = chance.randint(1, 8) * G // micro
-            while lines_of(folder) < wanted and any(os.waitpid(rank, os.WNOHANG) == (0, 0) for rank in ranks):
+            while lines_of(folder) < wanted and any(running(rank) for rank in ranks):
                 time.sleep(0.001)
             for rank in ranks:
                 os.kill(rank, signal.SIGKILL)
         for rank in ranks:
             _, status = os.waitpid(rank, 0)
-            assert status == (signal.SIGKILL if attempt < 10 else 0)
+            assert status in ((signal.SIGKILL, 0) if attempt < 10 else (0,))
         reached = max(recorded(folders, G), default=0) // G
         done = chance.randint(max(0, reached - 4), max(0, reached - 1)) if attempt < 9 else 30  # the last checkpoint
     assert seen >= {(0, 1), (1, 1), (4, 1), (0, 2), (1, 2), (4, 2)}
@@ -304,7 +308,7 @@ def test_two_ranks_finish_an_epoch_with_a_tenth_of_the_shards_destroyed(run_scri
     assert "about 20 cannot" in result.stdout or "train: " in result.stdout
     keys = recorded(runs(tmp_path), 10)
     assert len(keys) == 200
-    assert not any("000004" in key or "000011" in key for key in keys.values())
+    assert not any("train-000004.tar" in key or "train-000011.tar" in key for key in keys.values())
 
 
 def test_ranks_stop_together_and_tell_once(run_script: Run, tmp_path: Path) -> None:
@@ -362,9 +366,9 @@ def test_sets_too_large_to_index_stream_through_webdataset(
     assert objects["trainer"].global_step == 10
     canary = tmp_path / "canary"
     pipe = ["data.reader=webdataset", f"data.train='pipe:touch {canary}'"]
-    with pytest.raises(UserError, match=r"pipe: runs a shell; allowed .*data\.allow_pipe=true"):
+    with pytest.raises(ValueError, match=r"pipe: runs a shell; allowed .*data\.allow_pipe=true"):
         train_here(*pipe, run="pipe")
-    with pytest.raises(UserError, match="pipe: runs a shell"):
+    with pytest.raises(ValueError, match="pipe: runs a shell"):
         train_here("data.train=pipe:true", run="pipe")
     assert not canary.exists()
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from data_tools import SUBSTITUTE, datamodule, grey, shards, storage
-from servers import FaultyServer, serve
+from servers import FaultyServer, serve, serve_gcs
 
 from mvsplit.data.faults import DataFault, FaultPolicy
 from mvsplit.data.index import load_index
@@ -162,17 +161,12 @@ def test_a_cached_file_of_another_size_is_fetched_again(server: FaultyServer, tm
 
 
 def test_a_full_disk_is_told(server: FaultyServer, tmp_path: Path) -> None:
-    """A file-size limit of this process stands for the disk's end: the write fails in the middle."""
-    import signal
-
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        with pytest.raises(DataFault, match=rf"{NAME}: no room for it in data\.storage\.cache_dir") as caught:
-            storage(tmp_path).local(f"{server.address}/{NAME}")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    store = storage(tmp_path)
+    path = store.cached(f"{server.address}/{NAME}")
+    path.parent.mkdir(parents=True)
+    path.with_name(f"{path.name}.partial").symlink_to("/dev/full")  # the kernel's own "no space left on device"
+    with pytest.raises(DataFault, match=rf"{NAME}: no room for it in data\.storage\.cache_dir") as caught:
+        store.local(f"{server.address}/{NAME}")
     assert caught.value.kind == "cache_full"
     assert leftovers(tmp_path) == []
 
@@ -291,6 +285,22 @@ def test_s3_speaks_its_own_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             store.local("s3://shards/set/none.tar")
     finally:
         server.stop()
+
+
+def test_gcs_speaks_its_own_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a server here that answers the three requests of that protocol which reading needs."""
+    pytest.importorskip("gcsfs")
+    paths = {path.name: path for path in shards(tmp_path / "there", 30)}
+    with serve_gcs("shards", paths) as address:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        store = storage(tmp_path, options={"token": "anon"}, timeout_s=10.0)
+        assert store.expand("gs://shards", "train-*.tar") == [f"gs://shards/{name}" for name in sorted(paths)]
+        source = ShardReader(
+            load_index(store, "gs://shards", "train-*.tar", grey()), store, grey(), FaultPolicy(), train=True
+        )
+        assert [source[i, i]["label"] for i in range(30)] == [i % 3 for i in range(30)]
+        with pytest.raises(DataFault, match="there is no such shard"):
+            store.local("gs://shards/none.tar")
 
 
 def test_one_remote_stream_from_two_ranks_with_workers(server: FaultyServer, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from mvsplit.data.faults import DataFault, FaultPolicy, Finding
 from mvsplit.data.formats import Format, Manifest
 from mvsplit.data.scan import Columns, Shard, scan_folder, scan_tar, split_name
-from mvsplit.data.storage import Storage, is_remote
+from mvsplit.data.storage import CONNECTIONS, Storage, is_remote
 from mvsplit.utils.console import say, track
 from mvsplit.utils.errors import UserError
 
@@ -163,29 +164,37 @@ def _updated(
     place: Path,
 ) -> ShardIndex:
     """Scan what is not known, keeping the index from time to time: an interruption costs no more."""
-    stale = {name for name in names if not _holds(known.get(name), folder, name)}
-    done: list[tuple[Shard, Columns]] = []
+    stale = [name for name in names if not _holds(known.get(name), folder, name)]
+    done = {name: known[name] for name in names if name in known}
+
+    def save() -> None:
+        try:
+            write_index(place, merge(folder, [done[name] for name in names if name in done]))
+        except OSError as error:
+            say(f"data: the index cannot be kept ({place}: {error.strerror or error}); it is made anew each time")
+
     saved = time.monotonic()
-    for name in track(names, f"indexing {folder}") if stale else names:
-        new, old = known.get(name), known.get(name)
-        if name in stale:
-            new = scan(name)
+    pool = ThreadPoolExecutor(CONNECTIONS if is_remote(folder) else 1)
+    scanned = pool.map(scan, stale)
+    try:
+        for name in track(stale, f"indexing {folder}"):
+            new, old = next(scanned), known.get(name)
             if new[0].findings and policy.action == "fatal":
-                _save(place, folder, done)
                 policy.judge(new[0].findings, 1, 1)
             if new[0].findings and old is not None and old[0].samples > new[0].samples:
                 # Damaged since: its samples keep their numbers, and reading them tells what is gone.
                 gone = old[0].samples - new[0].samples
                 say(f"data: {new[0].findings[0].message}; of the indexed samples {gone} are gone")
                 new = old
+            done[name] = new
             if time.monotonic() - saved > SAVE_EVERY_S:
-                _save(place, folder, [*done, new])
+                save()
                 saved = time.monotonic()
-        assert new is not None
-        done.append(new)
-    if stale:
-        _save(place, folder, done)
-    return merge(folder, done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if stale:
+            save()
+    return merge(folder, [done[name] for name in names])
 
 
 def _holds(known: tuple[Shard, Columns] | None, folder: str, name: str) -> bool:
@@ -288,13 +297,6 @@ def split(index: ShardIndex) -> Iterator[tuple[Shard, Columns]]:
     """Inverse of `merge`."""
     for shard, start in zip(index.shards, index.starts.tolist(), strict=False):
         yield shard, {name: column[start : start + shard.samples] for name, column in index.columns.items()}
-
-
-def _save(place: Path, folder: str, parts: list[tuple[Shard, Columns]]) -> None:
-    try:
-        write_index(place, merge(folder, parts))
-    except OSError as error:
-        say(f"data: the index cannot be kept ({place}: {error.strerror or error}); it is made anew each time")
 
 
 def write_index(path: Path, index: ShardIndex) -> None:

@@ -5,16 +5,14 @@ Not in threads: the reading processes are forked, and a fork of a process with b
 
 import multiprocessing
 import os
-import queue
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from multiprocessing.connection import Connection
 
 from mvsplit.data.faults import DataFault
 from mvsplit.data.index import ShardIndex
-from mvsplit.data.storage import Storage
-
-CONNECTIONS = 4
+from mvsplit.data.storage import CONNECTIONS, Storage
 
 
 class Prefetcher:
@@ -25,32 +23,35 @@ class Prefetcher:
 
     def __init__(self, storage: Storage, index: ShardIndex) -> None:
         context = multiprocessing.get_context("fork")
-        self._wanted: Any = context.Queue()
+        wanted, self._wanted = context.Pipe(duplex=False)
         self._asked: set[int] = set()
-        self._process = context.Process(target=_fetch, args=(storage, index, self._wanted, os.getpid()), daemon=True)
+        self._process = context.Process(target=_fetch, args=(storage, index, wanted, os.getpid()), daemon=True)
         self._process.start()
 
     def ask(self, shards: list[int]) -> None:
         """These shards are needed next, in this order; asked for once as long as they stay in the list."""
         for shard in shards:
             if shard not in self._asked:
-                self._wanted.put(shard)
+                self._wanted.send(shard)
         self._asked = set(shards)
 
     def close(self) -> None:
         """End the process."""
-        self._process.terminate()
+        self._process.kill()  # a half-fetched shard has no name yet, and its lock goes with the process
         self._process.join()
 
 
-def _fetch(storage: Storage, index: ShardIndex, wanted: Any, parent: int) -> None:
+def _fetch(storage: Storage, index: ShardIndex, wanted: Connection, parent: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the training process's handlers came along with the fork
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+
     def fetch(number: int) -> None:
         shard = index.shards[number]
         with suppress(DataFault, ValueError):
             storage.local(f"{index.folder}/{shard.name}", shard.size, shard.sha256)
 
-    with suppress(KeyboardInterrupt), ThreadPoolExecutor(CONNECTIONS) as pool:
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
         while os.getppid() == parent:  # a killed parent cannot say goodbye
-            with suppress(queue.Empty):
-                pool.submit(fetch, wanted.get(timeout=2))
+            if wanted.poll(timeout=2):
+                pool.submit(fetch, wanted.recv())
         os._exit(0)

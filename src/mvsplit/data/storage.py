@@ -30,6 +30,8 @@ from mvsplit.utils.errors import UserError
 
 PROTOCOLS = ("https", "http", "s3", "gs")
 MAX_SHARDS = 1_000_000
+CONNECTIONS = 4
+"""Shards fetched at a time, where several are wanted."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEMBER_S = 60.0
 """For how long a shard that could not be fetched is not tried again: its samples fail at once meanwhile."""
