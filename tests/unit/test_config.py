@@ -42,7 +42,7 @@ def test_all_groups_of_the_design_are_there() -> None:
 def test_every_config_composes_and_builds(group: str, option: str) -> None:
     # Hydra's own settings in debug and hparams_search are for its launcher and are not composed here.
     # The networks of width 1024 are for pictures of 256 × 256.
-    large = ["data=imagenet"] if option.startswith("layers_") else []
+    large = ["data=imagenet_images"] if option.startswith("layers_") else []
     config = checked(f"{group}={option}", *large)
     for name in ("data", "residual", "flow", "sampler", "optim"):
         assert build(config[name]) is not None
@@ -134,7 +134,8 @@ def test_every_yaml_key_has_a_comment_or_says_itself() -> None:
         (["+residual.depth=3"], "residual.depth = 3: comes from the network"),
         (["+extras.foo=1"], "extras.foo: unknown key"),
         (["extras.print_config=abc"], "extras.print_config = 'abc': must be a boolean"),
-        (["flow._target_=mvsplit.training.run.save_config"], "is a function"),
+        (["flow._target_=mvsplit.training.run.save_config"], "allowed are"),
+        (["flow._target_=mvsplit.data.digits.write_digits"], "is a function"),
         (["+surprise=1"], "surprise: unknown key"),
         (["callbacks.ema.decay=1.0"], "callbacks.ema.decay = 1.0: must be less than 1"),
         (["model._target_=os.system"], "model._target_ = os.system: allowed are"),

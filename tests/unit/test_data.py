@@ -1,65 +1,77 @@
-"""Shards, index and the training stream, on real tar files."""
+"""Shards, index, formats and the training stream, on real tar files."""
 
 import io
+import os
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from data_tools import (
+    SUBSTITUTE,
+    colour,
+    datamodule,
+    grey,
+    index,
+    jpeg_shards,
+    latent_shards,
+    photograph,
+    picture,
+    reader,
+    shards,
+    storage,
+    tar_of,
+)
 from PIL import Image
 from sklearn.datasets import load_digits
-from torchvision.io import encode_png
 
-from mvsplit.data.datamodule import ShardDataModule
 from mvsplit.data.digits import NUM_VAL
-from mvsplit.data.index import find_shards, load_index
-from mvsplit.data.order import StreamBatches, StreamOrder
-from mvsplit.data.reader import ShardReader
-from mvsplit.data.shards import write_shards
+from mvsplit.data.formats import Images, Latents
+from mvsplit.data.index import load_index, set_name
+from mvsplit.data.order import StreamBatches, StreamOrder, windowed_permutation
+from mvsplit.data.reader import collate
 from mvsplit.data.transforms import CentreCrop
 from mvsplit.utils.errors import UserError
 
 
-def picture(value: int, height: int = 8, width: int = 8) -> bytes:
-    return encode_png(torch.full((1, height, width), value, dtype=torch.uint8)).numpy().tobytes()
-
-
-def shards(folder: Path, count: int = 25, shard_size: int = 10) -> list[Path]:
-    return write_shards(folder, "train", ((picture(i), "png", i % 3) for i in range(count)), shard_size)
-
-
-def read(folder: Path) -> ShardReader:
-    return ShardReader(load_index(find_shards(folder, "*.tar"), cache=False), 1, CentreCrop([8, 8]))
-
-
-def test_digits_are_all_there_and_unchanged(data_dir: Path) -> None:
+def test_digits_are_all_there_and_unchanged(data_dir: Path, tmp_path: Path) -> None:
     seen = []
     for name in ("train", "val"):
-        index = load_index(find_shards(data_dir / "digits", f"{name}-*.tar"))
-        reader = ShardReader(index, 1, CentreCrop([8, 8]))
-        for number in range(len(reader)):
-            item = reader[0, number]
-            pixels = ((item["image"] + 1) * 8).round().int().flatten().tolist()  # back to 0 … 16
+        found = load_index(storage(tmp_path), str(data_dir / "digits"), f"{name}-*.tar", grey())
+        source = datamodule(data_dir / "digits", tmp_path)
+        source.indices["val"] = found
+        for item in source.reader("val").__getitems__([(i, i) for i in range(len(found))]):
+            pixels = (item["image"].float() * (16 / 255)).round().int().flatten().tolist()  # back to 0 … 16
             seen.append((*pixels, item["label"]))
     digits = load_digits()
-    assert len(index) == NUM_VAL
-    assert sorted(seen) == sorted((*map(int, row), int(label)) for row, label in zip(digits.data, digits.target))  # noqa: B905
+    assert len(found) == NUM_VAL
+    expected = [(*map(int, row), int(label)) for row, label in zip(digits.data, digits.target, strict=True)]
+    assert sorted(seen) == sorted(expected)
 
 
 def test_write_and_read_back(tmp_path: Path) -> None:
     paths = shards(tmp_path)
     assert [p.name for p in paths] == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]
     assert not list(tmp_path.glob("*.partial"))
-    reader = read(tmp_path)
-    assert len(reader) == 25
-    item = reader[7, 13]
+    source = reader(tmp_path)
+    assert len(source) == 25
+    item = source[7, 13]
     assert item["label"] == 13 % 3
-    assert (item["position"], item["index"], item["weight"]) == (7, 13, 1.0)
-    torch.testing.assert_close(item["image"], torch.full((1, 8, 8), 13 / 127.5 - 1))
+    assert (item["position"], item["index"], item["weight"], item["findings"]) == (7, 13, 1.0, [])
+    assert torch.equal(item["image"], torch.full((1, 8, 8), 13, dtype=torch.uint8))
+    batch = source.form.finish(collate([item]), train=True)
+    torch.testing.assert_close(batch["image"], torch.full((1, 1, 8, 8), 13 / 127.5 - 1))
 
 
-def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
+def test_shards_are_the_same_bytes_every_time(tmp_path: Path) -> None:
+    first, second = shards(tmp_path / "a"), shards(tmp_path / "b")
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_webdataset_and_tarfile_read_our_shards(tmp_path: Path) -> None:
     import webdataset as wds
 
     paths = shards(tmp_path)
@@ -67,95 +79,103 @@ def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
     assert len(samples) == 25
     assert samples[13]["cls"] == b"1"
     assert samples[13]["png"] == picture(13)
+    with tarfile.open(paths[1]) as tar:
+        assert tar.getnames()[6:8] == ["train00000013.cls", "train00000013.png"]
+
+
+def published(folder: Path, count: int = 7) -> Path:
+    """A shard as ImageNet is published: by webdataset's own writer, with jpg, cls and json members."""
+    import webdataset as wds
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "imagenet1k-train-0000.tar"
+    with path.open("wb") as file, wds.TarWriter(file) as writer:
+        for i in range(count):
+            about = {"label": i, "width": 120, "caption": f"picture {i}"}
+            writer.write({"__key__": f"n0144076{i}/n0144076{i}_{i}", "jpg": photograph(i), "cls": i, "json": about})
+    return path
+
+
+def test_published_shards_read_here_with_their_captions(tmp_path: Path) -> None:
+    published(tmp_path)
+    source = reader(tmp_path, form=colour())
+    items = source.__getitems__([(i, i) for i in range(7)])
+    assert [item["label"] for item in items] == list(range(7))
+    assert collate(items)["caption"] == [f"picture {i}" for i in range(7)]
+    expected = CentreCrop([32, 32])(Image.open(io.BytesIO(photograph(3))), 0)
+    assert torch.equal(items[3]["image"], expected)
+    assert source.index.key(source.storage, 3) == "imagenet1k-train-0000.tar:n01440763/n01440763_3"
+
+
+def test_a_label_may_stand_in_the_json_alone_and_a_caption_in_a_txt(tmp_path: Path) -> None:
+    members = {"a.png": picture(1), "a.json": b'{"label": 7}', "b.png": picture(2), "b.cls": b"3", "b.txt": b"two"}
+    tar_of(tmp_path / "train-0.tar", members)
+    items = reader(tmp_path).__getitems__([(0, 0), (1, 1)])
+    assert [(item["label"], item["caption"]) for item in items] == [(7, ""), (3, "two")]
 
 
 def test_index_is_kept_and_renewed(tmp_path: Path) -> None:
-    shards(tmp_path)
-    first = load_index(find_shards(tmp_path, "*.tar"))
-    (kept,) = tmp_path.glob(".index-*")
-    again = load_index(find_shards(tmp_path, "*.tar"))
-    assert np.array_equal(first.rows, again.rows)
-    assert first.fingerprint == again.fingerprint
+    paths = shards(tmp_path)
+    first = index(tmp_path)
+    (kept,) = (tmp_path / "cache" / "indices").iterdir()
+    stamp = kept.stat().st_mtime_ns
+    assert index(tmp_path).fingerprint == first.fingerprint
+    assert kept.stat().st_mtime_ns == stamp
     data = bytearray(kept.read_bytes())
-    data[60] ^= 1
-    for damaged in (bytes(data), b"", bytes(data[:50])):
-        kept.write_bytes(damaged)
-        assert np.array_equal(load_index(find_shards(tmp_path, "*.tar")).rows, first.rows)
+    for place in (60, len(data) - 5):
+        damaged = bytearray(data)
+        damaged[place] ^= 1
+        for content in (bytes(damaged), b"", bytes(data[:50])):
+            kept.write_bytes(content)
+            again = index(tmp_path)
+            assert again.fingerprint == first.fingerprint
+            assert [s.sha256 for s in again.shards] == [s.sha256 for s in first.shards]
     shards(tmp_path, count=26)
-    assert len(load_index(find_shards(tmp_path, "*.tar"))) == 26
+    assert len(index(tmp_path)) == 26
+    assert len(paths) == len(index(tmp_path).shards)
 
 
-def damage(path: Path, how: str) -> None:
-    data = bytearray(path.read_bytes())
-    second = 1024 + 512 + 512  # image header and body, class header and body: the second sample begins here
-    if how == "cut in a header":
-        data = data[: second + 200]
-    elif how == "cut at a sample":
-        data = data[:second]
-    elif how == "cut in a body":
-        data = data[: second + 512 + 10]
-    elif how == "broken header":
-        data[second + 20 : second + 60] = b"\xff" * 40
-    elif how == "not a tar":
-        data = bytearray(b"hello" * 1000)
-    path.write_bytes(data)
+def test_an_interrupted_indexing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mvsplit.data import index as index_file
+
+    shards(tmp_path)
+    scanned: list[str] = []
+    plain = index_file.scan_tar
+
+    def scan(store: object, folder: str, name: str, form: object) -> object:
+        if len(scanned) == 2:
+            raise KeyboardInterrupt
+        scanned.append(name)
+        return plain(store, folder, name, form)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(index_file, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(index_file, "scan_tar", scan)
+    with pytest.raises(KeyboardInterrupt):
+        index(tmp_path)
+    monkeypatch.setattr(index_file, "scan_tar", lambda *a: scanned.append(a[2]) or plain(*a))
+    assert len(index(tmp_path)) == 25
+    assert scanned == ["train-000000.tar", "train-000001.tar", "train-000002.tar"]  # none twice
 
 
-@pytest.mark.parametrize("how", ["cut in a header", "cut at a sample", "cut in a body", "broken header", "not a tar"])
-def test_damaged_shards_are_found_before_training(tmp_path: Path, how: str) -> None:
-    path = shards(tmp_path)[1]
-    damage(path, how)
-    with pytest.raises(UserError, match=r"train-000001\.tar") as caught:
-        load_index(find_shards(tmp_path, "*.tar"))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_changed_byte_is_found_when_read(tmp_path: Path) -> None:
-    path = shards(tmp_path)[1]
-    reader = read(tmp_path)
-    row = reader.index.rows[12]
-    data = bytearray(path.read_bytes())
-    data[row["offset"] + 40] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"train-000001\.tar: sample 12 .* fails its checksum"):
-        reader[0, 12]
-    assert reader[0, 11]["label"] == 11 % 3
-
-
-def tar_of(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        ({"a.png": picture(1)}, "sample 'a' has no class label"),
-        ({"a.cls": b"1"}, "sample 'a' has no image"),
-        ({"a.png": picture(1), "a.cls": b"cat"}, "is b'cat', not a number"),
-        ({}, "hold no samples"),
-    ],
-)
-def test_incomplete_samples(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
-    tar_of(tmp_path / "train-0.tar", members)
-    with pytest.raises(UserError, match=message):
-        read(tmp_path)
-
-
-def test_only_named_members_are_read(tmp_path: Path) -> None:
-    """A pickle in a shard is never opened, whatever its name."""
-    members = {"a.png": picture(1), "a.cls": b"1", "a.pyd": b"\x80\x04.", "a.png.pkl": b"\x80\x04."}
-    tar_of(tmp_path / "train-0.tar", members)
-    assert read(tmp_path)[0, 0]["label"] == 1
-
-
-def test_garbage_that_is_no_image(tmp_path: Path) -> None:
-    tar_of(tmp_path / "train-0.tar", {"a.png": b"no picture", "a.cls": b"1"})
-    with pytest.raises(UserError, match="does not decode as an image"):
-        read(tmp_path)[0, 0]
+def test_patterns_name_shards(tmp_path: Path) -> None:
+    shards(tmp_path)
+    store = storage(tmp_path)
+    names = [Path(p).name for p in store.expand(str(tmp_path), "train-{000000..000002}.tar")]
+    assert names == [Path(p).name for p in store.expand(str(tmp_path), "train-*.tar")]
+    assert store.expand("https://host/x", "t-{00..02}.tar")[2] == "https://host/x/t-02.tar"
+    assert set_name("imagenet1k-train-{0000..1023}.tar") == "imagenet"
+    assert set_name("train-*.tar") == set_name("train-{000..146}.tar") == "train"
+    for folder, pattern, message in [
+        (str(tmp_path / "nowhere"), "*.tar", "there is no such folder"),
+        (str(tmp_path), "test-*.tar", r"no shards match 'test-\*\.tar'"),
+        (str(tmp_path), "../x.tar", "leads out of"),
+        ("https://host", "t-*.tar", "cannot be looked for"),
+        ("ftp://host", "t.tar", "allowed are local paths, https"),
+        ("simplecache::https://host", "t.tar", "allowed are local paths, https"),
+        (str(tmp_path), "t-{0..99999999}.tar", "more than 1000000 shards"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            store.expand(folder, pattern)
 
 
 def png_of_16_bits() -> bytes:
@@ -164,53 +184,116 @@ def png_of_16_bits() -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("how", ["damaged", "sixteen bits", "empty"])
-def test_pictures_that_cannot_be_read_are_named(tmp_path: Path, how: str) -> None:
-    """Damaged before they were indexed, so that no checksum tells."""
-    data = bytearray(encode_png(torch.randint(0, 255, (1, 64, 64), dtype=torch.uint8)).numpy().tobytes())
-    data[len(data) // 2] ^= 0xFF
-    pictures = {"damaged": bytes(data), "sixteen bits": png_of_16_bits(), "empty": b""}
-    tar_of(tmp_path / "train-0.tar", {"a.png": pictures[how], "a.cls": b"1"})
-    with pytest.raises(UserError, match=r"train-0\.tar: sample 0 at byte 512 does not decode as an image"):
-        read(tmp_path)[0, 0]
-
-
 @pytest.mark.parametrize(("suffix", "kind"), [("jpg", "JPEG"), ("webp", "WEBP"), ("png", "PNG")])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_format_gives_the_channels_asked_for(tmp_path: Path, suffix: str, kind: str, channels: int) -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.full((8, 8, 3), 200, dtype=np.uint8)).save(buffer, kind)
     tar_of(tmp_path / "train-0.tar", {f"a.{suffix}": buffer.getvalue(), "a.cls": b"1"})
-    index = load_index(find_shards(tmp_path, "*.tar"))
-    image = ShardReader(index, channels, CentreCrop([8, 8]))[0, 0]["image"]
-    torch.testing.assert_close(image, torch.full((channels, 8, 8), 200 / 127.5 - 1), rtol=0, atol=0.02)
-
-
-def test_missing_folder_and_empty_shard_list(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such folder"):
-        find_shards(tmp_path / "nowhere", "*.tar")
-    with pytest.raises(UserError, match=r"no shards match '\*\.tar'"):
-        find_shards(tmp_path, "*.tar")
+    image = reader(tmp_path, form=Images([8, 8], channels, CentreCrop([8, 8])))[0, 0]["image"]
+    assert image.shape == (channels, 8, 8)
+    assert (image.int() - 200).abs().max() <= 2
 
 
 def test_labels_beyond_num_classes(tmp_path: Path) -> None:
     shards(tmp_path)
-    module = ShardDataModule(str(tmp_path), [8, 8], 1, 2, 4, CentreCrop([8, 8]), val="train-*.tar")
-    with pytest.raises(UserError, match=r"data\.num_classes = 2: .* holds class 2"):
+    module = datamodule(tmp_path, tmp_path, num_classes=2)
+    with pytest.raises(UserError, match=r"data\.num_classes = 2: .*train-000000\.tar holds class 2"):
         module.setup()
 
 
-def test_transform_crops_the_centre_and_flips_by_place() -> None:
-    image = torch.zeros(1, 16, 32, dtype=torch.uint8)
-    image[:, :, 16:] = 255
+def adm_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The published preprocessing, written out once more for square pictures."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)  # type: ignore[attr-defined]
+    scale = size / min(*image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.BICUBIC)  # type: ignore[attr-defined]
+    pixels = np.array(image)
+    y, x = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[y : y + size, x : x + size]
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 120), (33, 32), (31, 57), (130, 64), (500, 375)])
+def test_the_crop_is_adms(height: int, width: int) -> None:
+    image = Image.open(io.BytesIO(photograph(height, height, width)))
+    ours = CentreCrop([32, 32])(image, 0)
+    assert np.array_equal(ours.permute(1, 2, 0).numpy(), adm_crop(image, 32))
+
+
+def test_flips_follow_the_place() -> None:
+    pixels = np.zeros((16, 32), dtype=np.uint8)
+    pixels[:, 16:] = 255
+    image = Image.fromarray(pixels)
     out = CentreCrop([8, 8])(image, 0)
-    assert out.shape == (1, 8, 8)
-    assert out[0, 4, 0] == -1
-    assert out[0, 4, -1] == 1
+    assert (out[0, 4, 0], out[0, 4, -1]) == (0, 255)
     flipping = CentreCrop([8, 8], flip=True, seed=1)
-    flipped = [bool(flipping(image, p)[0, 4, 0] == 1) for p in range(200)]
+    flipped = [bool(flipping(image, p)[0, 4, 0] == 255) for p in range(200)]
     assert 70 < sum(flipped) < 130
-    assert flipped == [bool(flipping(image, p)[0, 4, 0] == 1) for p in range(200)]
+    assert flipped == [bool(flipping(image, p)[0, 4, 0] == 255) for p in range(200)]
+
+
+def test_image_folders_are_numbered_as_torchvision_numbers_them(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    for name in ("cat", "ant", "bee"):
+        for i in range(4):
+            path = tmp_path / "train" / name / ("deep" if i == 3 else "") / f"{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(photograph(len(name) + i))
+    module = datamodule(tmp_path, tmp_path, layout="folders", train="train", val="train", format=colour())
+    module.setup()
+    theirs = ImageFolder(str(tmp_path / "train"))
+    found = module.indices["train"]
+    assert [(found.location(i), int(found.columns["label"][i])) for i in range(12)] == theirs.samples
+    item = module.reader("train")[5, 5]
+    assert torch.equal(item["image"], CentreCrop([32, 32])(theirs[5][0], 0))
+    (tmp_path / "train" / "ant" / "new.png").write_bytes(picture(3))
+    fresh = datamodule(tmp_path, tmp_path, layout="folders", train="train", val="train", format=colour())
+    fresh.setup()
+    assert len(fresh.indices["train"]) == 13
+
+
+def test_latents_are_drawn_and_normalised(tmp_path: Path) -> None:
+    form = Latents([4, 4], 2, flip=True, seed=5)
+    mean = torch.arange(2.0).view(2, 1, 1).expand(2, 4, 4).contiguous().bfloat16()
+    members = {}
+    for suffix, sign in (("safetensors", 1), ("flipped.safetensors", -1)):
+        members[f"a.{suffix}"] = safetensors.torch.save({"mean": mean * sign, "std": torch.full_like(mean, 0.5)})
+    tar_of(tmp_path / "train-0.tar", members | {"a.cls": b"1"})
+    manifest = {"shape": [2, 4, 4], "channel_mean": [0.0, 1.0], "channel_std": [1.0, 2.0]}
+    source = reader(tmp_path, form=form)
+    form.bind(source.index.parts, manifest)
+    places = list(range(4000))
+    items = source.__getitems__([(p, 0) for p in places])
+    assert items[0]["mean"].dtype == torch.bfloat16
+    batch = form.finish(collate(items), train=True)
+    assert set(batch) == {"image", "label", "index", "position", "weight", "findings"}
+    z = batch["image"] * torch.tensor([1.0, 2.0]).view(-1, 1, 1) + torch.tensor([0.0, 1.0]).view(-1, 1, 1)
+    sign = torch.tensor([1.0 if item["mean"][1, 0, 0] > 0 else -1.0 for item in items])
+    assert 1800 < (sign > 0).sum() < 2200
+    noise = (z - sign.view(-1, 1, 1, 1) * mean.float()) / 0.5
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    again = form.finish(collate(source.__getitems__([(p, 0) for p in places[1000:1010]])), train=True)
+    assert torch.equal(again["image"], batch["image"][1000:1010])  # a function of the place, not of the batch
+    source.train = False
+    judged = [form.finish(collate([source[p, 0]]), train=False)["image"] for p in (0, 1)]
+    assert torch.equal(*judged)  # validation: of the sample
+
+
+def test_latents_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    latent_shards(tmp_path, 5, 5)
+    found = reader(tmp_path, form=Latents([8, 8], 4)).index
+    statistics = {"shape": [4, 8, 8], "channel_mean": [0.0] * 4, "channel_std": [1.0] * 4}
+    Latents([8, 8], 4).bind(found.parts, statistics)
+    with pytest.raises(UserError, match="no manifest with channel statistics"):
+        Latents([8, 8], 4).bind(found.parts, None)
+    with pytest.raises(UserError, match=r"data\.channels, data\.image_size = 4, \[16, 16\]: the set's latents are 4"):
+        Latents([16, 16], 4).bind(found.parts, statistics)
+    with pytest.raises(UserError, match="encoded without mirrored ones"):
+        Latents([8, 8], 4).bind({"data"}, statistics)
+    wrong = reader(tmp_path, SUBSTITUTE, form=Latents([4, 4], 4))
+    assert wrong[0, 0]["findings"][0].kind == "undecodable"
 
 
 def stream(order: StreamOrder, steps: int, micro: int, world: int, first: int = 0) -> list[list[tuple[int, int]]]:
@@ -223,30 +306,74 @@ def stream(order: StreamOrder, steps: int, micro: int, world: int, first: int = 
     ]
 
 
+SHARD_OF = np.repeat(np.arange(5), [4, 6, 5, 7, 3])
+
+
+@pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize(("micro", "world"), [(12, 1), (4, 1), (6, 2), (3, 2), (1, 4)])
-def test_every_split_reads_the_same_stream(micro: int, world: int) -> None:
-    order = StreamOrder(25, seed=3)
+def test_every_split_reads_the_same_stream(micro: int, world: int, window: int) -> None:
+    order = StreamOrder(25, seed=3, shard_of=SHARD_OF, window=window)
     whole = stream(order, 10, 12, 1)
     assert stream(order, 10, micro, world) == whole
     assert stream(order, 10, micro, world, first=4) == whole[4:]  # after a resume, across an epoch's end
 
 
-def test_stream_takes_every_sample_once_per_epoch() -> None:
-    order = StreamOrder(25, seed=3)
+@pytest.mark.parametrize("window", [0, 1, 2, 5, 9])
+def test_stream_takes_every_sample_once_per_epoch(window: int) -> None:
+    def order(seed: int = 3) -> StreamOrder:
+        return StreamOrder(25, seed, shard_of=SHARD_OF, window=window)
+
     for epoch in range(3):
-        assert sorted(order[epoch * 25 + i] for i in range(25)) == list(range(25))
-    assert [order[i] for i in range(25)] != [order[25 + i] for i in range(25)]
-    assert [order[i] for i in range(50)] == [StreamOrder(25, seed=3)[i] for i in range(50)]
-    assert [order[i] for i in range(25)] != [StreamOrder(25, seed=4)[i] for i in range(25)]
+        assert sorted(order().take(epoch * 25, 25)) == list(range(25))
+    assert order().take(0, 25) != order().take(25, 25)
+    assert order().take(0, 50) == order().take(0, 20) + order().take(20, 30)
+    assert order().take(0, 25) != order(4).take(0, 25)
 
 
-def test_workers_read_the_same_as_the_main_process(data_dir: Path) -> None:
+def test_a_window_opens_few_shards_at_a_time() -> None:
+    shard_of = np.repeat(np.arange(20), 50)
+    taken = windowed_permutation(0, 0, shard_of, 4)
+    shards_of_windows = [set(shard_of[taken[i : i + 200]].tolist()) for i in range(0, 1000, 200)]
+    assert [len(s) for s in shards_of_windows] == [4] * 5
+    assert set.union(*shards_of_windows) == set(range(20))
+    assert len(set(shard_of[taken[:100]].tolist())) == 4  # mixed within
+    order = StreamOrder(1000, 0, shard_of=shard_of, window=4)
+    assert set(order.shards_ahead(0, 200)) == shards_of_windows[0]
+
+
+def test_seeking_costs_nothing_that_grows_with_the_place() -> None:
+    """The order of 1.28 M samples is there in a fifth of a second, wherever one begins."""
+
+    def seconds(place: int) -> float:
+        began = time.perf_counter()
+        StreamOrder(1_281_167, seed=0).take(place, 256)
+        return time.perf_counter() - began
+
+    assert min(seconds(0) for _ in range(5)) < 0.2
+    assert min(seconds(1_281_167 * 300 + 1_200_000) for _ in range(5)) < 0.2
+
+
+def test_workers_read_the_same_as_the_main_process(data_dir: Path, tmp_path: Path) -> None:
     batches = []
     for workers in (0, 2):
-        module = ShardDataModule(str(data_dir / "digits"), [8, 8], 1, 10, 50, CentreCrop([8, 8]), num_workers=workers)
+        module = datamodule(data_dir / "digits", tmp_path, batch_size=50, num_workers=workers, val="val-*.tar")
         module.setup()
         batches.append([(b["index"], b["image"], b["weight"]) for b in module.val_dataloader()])
     assert len(batches[0]) == len(batches[1]) == 6
     for ours, theirs in zip(*batches, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert sum(w.sum() for _, _, w in batches[0]) == NUM_VAL  # the last batch is filled up with weight 0
+
+
+def test_few_files_stay_open(tmp_path: Path) -> None:
+    shards(tmp_path, count=300, shard_size=2)
+    source = reader(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    source.__getitems__([(i, i) for i in range(300)])
+    assert len(os.listdir("/proc/self/fd")) - before == 64
+    assert source[0, 299]["label"] == 299 % 3
+
+
+def test_jpeg_shards_survive_the_check_for_damage(tmp_path: Path) -> None:
+    jpeg_shards(tmp_path, 40, 20)
+    assert index(tmp_path, form=colour()).findings == []

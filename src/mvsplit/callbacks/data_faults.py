@@ -14,7 +14,7 @@ class DataFaults(Callback):
         self._told: set[str] = set()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule
         for finding in data.latest:
             if finding.kind not in self._told and trainer.is_global_zero:
                 self._told.add(finding.kind)
@@ -23,7 +23,7 @@ class DataFaults(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        counts = trainer.datamodule.counts["train"].counts  # type: ignore[attr-defined]
+        counts = trainer.datamodule.counts["train"].counts
         if counts and trainer.global_step % trainer.log_every_n_steps == 0:
             metrics = {f"data/{kind}": float(n) for kind, n in counts.items()}
             for logger in trainer.loggers:

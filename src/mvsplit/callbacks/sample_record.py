@@ -17,9 +17,9 @@ class SampleRecord(Callback):
         self.folder = Path(folder)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule
         index = data.indices["train"]
         pairs = zip(batch["position"].tolist(), batch["index"].tolist(), strict=True)
         keys = " ".join(f"{place}={index.key(data.storage, number)}" for place, number in pairs)
         with (self.folder / f"samples_rank_{trainer.global_rank}.txt").open("a") as file:
-            file.write(f"{trainer.global_step} {keys}\n")
+            file.write(f"{trainer.global_step} {keys} .\n")  # the dot: written whole

@@ -160,7 +160,7 @@ class ShardDataModule(L.LightningDataModule):
             needed = (self.window + 1) * max(shard.size for shard in self.indices["train"].shards)
             if needed > self.storage.limit:
                 raise UserError(
-                    f"data.storage.cache_gib = {self.storage.limit / 2**30:g}: data.window = {self.window} shards and"
+                    f"data.storage.cache_gib = {self.storage.limit / 2**30:.3g}: data.window = {self.window} shards and"
                     f" the next need at least {needed / 2**30:.2g}"
                 )
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from mvsplit.data.autoencoders import Autoencoder
 from mvsplit.data.datamodule import ShardDataModule
 from mvsplit.data.faults import Finding
-from mvsplit.data.formats import Images, Latents, Manifest
+from mvsplit.data.formats import Format, Images, Latents, Manifest
 from mvsplit.data.index import merge, own_index, read_index, split, write_index
 from mvsplit.data.reader import ShardReader
 from mvsplit.data.scan import Columns, Shard, scan_tar
@@ -282,7 +282,7 @@ class Maker:
         settings, name, record = self.job.settings, _shard_name(task), Record()
         write_shard(Path(settings.output, name), self._samples(task, record, tell))
         reader = self.job.readers[task[0]]
-        form: Any = Latents([1, 1], 1) if self.autoencoder is not None else reader.form
+        form: Format = Latents([1, 1], 1) if self.autoencoder is not None else reader.form
         shard, columns = scan_tar(reader.storage, settings.output, name, form)
         for finding in shard.findings:  # an empty one, or what was read back is not what was written
             raise UserError(finding.message)

@@ -36,7 +36,7 @@ JUDGED_AFTER = 1000
 """Samples read before the rate of faults is judged."""
 
 
-class DataFault(UserError):
+class DataFault(UserError):  # noqa: N818 (a fault of the data, not an error of the program)
     """One thing wrong with the data; the message names shard and sample."""
 
     def __init__(self, kind: Kind, message: str) -> None:

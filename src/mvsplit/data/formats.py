@@ -8,7 +8,7 @@ sample on the CPU, and finishes a whole batch on the device.
 
 import io
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import safetensors.torch
 import torch
@@ -30,7 +30,7 @@ PAGE = 2048
 class Format(Protocol):
     """What the reader asks of a format."""
 
-    members: dict[str, tuple[str, ...]]
+    members: ClassVar[dict[str, tuple[str, ...]]]
     """Parts of a sample and the suffixes that each may have; `data` is required."""
 
     def bind(self, parts: set[str], manifest: Manifest | None) -> None:
@@ -65,7 +65,7 @@ class Images:
         max_pixels: larger pictures are refused before they are decoded.
     """
 
-    members = {"data": ("png", "jpg", "jpeg", "webp")}
+    members: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("png", "jpg", "jpeg", "webp")}
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Latents:
         normalise: take the channel statistics from the set's manifest; false leaves latents as they are.
     """
 
-    members = {"data": ("safetensors",), "flipped": ("flipped.safetensors",)}
+    members: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("safetensors",), "flipped": ("flipped.safetensors",)}
 
     def __init__(
         self, image_size: list[int], channels: PositiveInt, flip: bool = True, seed: Seed = 0, normalise: bool = True

@@ -220,7 +220,9 @@ def _judge(index: ShardIndex, policy: FaultPolicy) -> None:
 
 
 def _listed(counts: Counter[Any]) -> str:
-    return ", ".join(f"{name} {n}" if str(name).isprintable() else f"{name!r} {n}" for name, n in sorted(counts.items()))
+    return ", ".join(
+        f"{name} {n}" if str(name).isprintable() else f"{name!r} {n}" for name, n in sorted(counts.items())
+    )
 
 
 def _pictures(root: Path, form: Format) -> dict[str, tuple[str, ...]]:

@@ -65,7 +65,9 @@ class WebDatasetStream(IterableDataset[Sample]):
         done = self.first_sample() // (self.samples_per_shard * readers)  # whole shards, by each reader
         shards = self._shards(reader + done * readers, readers)
         samples = group_by_keys(tar_file_expander(self._opened(shards), handler=self._note), handler=self._note)
-        shuffle = wds.filters.shuffle(self.buffer, initial=self.buffer, rng=random.Random(f"{self.seed} {done} {reader}"))
+        shuffle = wds.filters.shuffle(
+            self.buffer, initial=self.buffer, rng=random.Random(f"{self.seed} {done} {reader}")
+        )
         for sample in shuffle(samples):
             if (decoded := self._decoded(sample)) is not None:
                 self._bad_shards = 0

@@ -97,7 +97,9 @@ class ShardReader(Dataset[Sample]):
         try:
             sample: Sample = dict(self.form.decode(data, position, self.train))
         except Exception as error:  # decoders fail in many ways, all of them the data's fault
-            raise self._fault("undecodable", number, f"does not decode ({' '.join(str(error).split())[:120]})") from None
+            raise self._fault(
+                "undecodable", number, f"does not decode ({' '.join(str(error).split())[:120]})"
+            ) from None
         first_pass = self.train or position < len(self.index)
         sample |= {
             "label": int(self.index.columns["label"][number]),

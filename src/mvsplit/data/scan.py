@@ -155,12 +155,10 @@ class _Samples:
     Consecutive members with one key (the path up to the first dot of its last part) are one sample.
     """
 
-    def __init__(
-        self, file: IO[bytes], size: int, form: Format, found: _Findings, ignored: Counter[str]
-    ) -> None:
+    def __init__(self, file: IO[bytes], size: int, form: Format, found: _Findings, ignored: Counter[str]) -> None:
         self.file, self.size, self.found, self.ignored = file, size, found, ignored
         self.part_of = {suffix: part for part, suffixes in form.members.items() for suffix in suffixes}
-        self.key = ""
+        self.key, self.broken = "", True
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Place], int]]:
         members: dict[str, Place] | None = {}  # of one sample; None once one of them was bad
@@ -177,7 +175,10 @@ class _Samples:
                 members = None
             elif members is not None:
                 members[suffix] = (member.offset_data, member.size)
+        told = len(self.found)
         yield from self._sample(members)
+        if self.broken:  # that the last sample lacks something is the same damage
+            del self.found[told:]
 
     def _members(self) -> Iterator[tarfile.TarInfo]:
         end = 0
@@ -201,7 +202,8 @@ class _Samples:
             return
         # A tar ends with two blocks of zeros. Without them, or with a header that is not one, tarfile just stops.
         rest = _bytes(self.file, (end, 1024))
-        if rest != bytes(1024):
+        self.broken = rest != bytes(1024)
+        if self.broken:
             cut = len(rest) < 512 or not any(rest)
             self.found.add(
                 "truncated" if cut else "bad_header",

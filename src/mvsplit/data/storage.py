@@ -7,6 +7,7 @@ shard, the others wait for it.
 
 import errno
 import hashlib
+import math
 import os
 import random
 import re
@@ -15,11 +16,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand
+import fsspec.callbacks
+from braceexpand import braceexpand
 from filelock import FileLock
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -28,7 +30,7 @@ from mvsplit.utils.errors import UserError
 
 PROTOCOLS = ("https", "http", "s3", "gs")
 MAX_SHARDS = 1_000_000
-CHUNK = 1 << 20
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEMBER_S = 60.0
 """For how long a shard that could not be fetched is not tried again: its samples fail at once meanwhile."""
 
@@ -75,10 +77,13 @@ class Storage:
         Raises:
             UserError: if the folder does not exist, nothing matches, or the pattern cannot be used there.
         """
+        spans = [abs(int(b) - int(a)) + 1 for a, b in re.findall(r"\{(-?\d{1,12})\.\.(-?\d{1,12})", pattern)]
+        if math.prod(spans) > MAX_SHARDS:  # before anything is spelt out
+            raise UserError(f"data: '{pattern}' names more than {MAX_SHARDS} shards")
         try:
             names = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
-        except UnbalancedBracesError:
-            raise UserError(f"data: '{pattern}' has unbalanced braces") from None
+        except ValueError as error:
+            raise UserError(f"data: '{pattern}' is no pattern of names ({error})") from None
         if len(names) > MAX_SHARDS:
             raise UserError(f"data: '{pattern}' names more than {MAX_SHARDS} shards")
         locations = [found for name in names for found in self._matches(folder, name)]
@@ -193,7 +198,7 @@ class Storage:
                 except PermissionError as error:
                     raise DataFault("network", f"{location}: access denied ({_line(error)})") from None
                 except Exception as error:  # each protocol's library has kinds of its own
-                    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    if getattr(error, "errno", None) in NO_ROOM:
                         raise DataFault(
                             "cache_full", f"{location}: no room for it in data.storage.cache_dir = {self.cache_dir}"
                         ) from None
@@ -216,23 +221,10 @@ class Storage:
                 partial.unlink(missing_ok=True)
 
     def _download(self, location: str, partial: Path) -> str:
-        digest, size = hashlib.sha256(), 0
-        with self.stream(location) as source, partial.open("wb") as target:
-            while chunk := source.read(CHUNK):
-                size += len(chunk)
-                if size > self.limit:
-                    raise DataFault("cache_full", f"{location}: larger than data.storage.cache_gib allows")
-                digest.update(chunk)
-                target.write(chunk)
-        return digest.hexdigest()
-
-    def stream(self, location: str) -> IO[bytes]:
-        """The shard opened for reading from front to back, without keeping it."""
-        if not is_remote(location):
-            return Path(location).open("rb")
-        protocol = self._protocol(location)
-        options = {"block_size": 0} if protocol in ("http", "https") else {"cache_type": "readahead"}
-        return self._filesystem(protocol).open(location, "rb", **options)
+        within = _Within(self.limit, f"{location}: larger than data.storage.cache_gib allows")
+        self._filesystem(self._protocol(location)).get_file(location, str(partial), callback=within)
+        with partial.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _make_room(self, incoming: int) -> None:
         """Remove the least recently used shards until the rest and what comes are within the limit.
@@ -253,6 +245,19 @@ class Storage:
                 with suppress(FileNotFoundError):
                     stat = path.stat()
                     yield stat.st_mtime_ns, stat.st_size, path
+
+
+class _Within(fsspec.callbacks.Callback):
+    """Ends a download that grows beyond a limit."""
+
+    def __init__(self, limit: int, message: str) -> None:
+        super().__init__()
+        self.limit, self.message = limit, message
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        if self.value > self.limit:
+            raise DataFault("cache_full", self.message)
 
 
 def _line(error: BaseException) -> str:

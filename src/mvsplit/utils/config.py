@@ -4,8 +4,8 @@ There is no second description of what a config may hold: a node's `_target_` na
 annotated arguments are the schema (`PositiveInt`, `Literal[…]`, …). A class may add a static `check(…)` for values
 that must fit together; its arguments are taken from the node by name. Whatever is wrong ends in one `UserError`.
 
-Only classes of this package and the external ones listed in `EXTERNAL` may be named by `_target_`: a config file
-from elsewhere cannot make the program call something else. A fork that needs another one adds a line there.
+A `_target_` may name classes that `PACKAGES` define, the classes in `EXTERNAL` and the functions in `FUNCTIONS`: a
+config file from elsewhere cannot make the program call anything else. A fork that needs another one adds a line there.
 """
 
 import difflib
@@ -25,6 +25,14 @@ from pydantic.errors import PydanticUserError
 
 from mvsplit.utils.errors import UserError
 
+PACKAGES = (
+    "mvsplit.callbacks.",
+    "mvsplit.data.",
+    "mvsplit.flow.",
+    "mvsplit.models.",
+    "mvsplit.training.",
+    "mvsplit.utils.loggers.",
+)
 EXTERNAL = {
     "lightning.pytorch.Trainer",
     "lightning.pytorch.callbacks.DeviceStatsMonitor",
@@ -34,7 +42,16 @@ EXTERNAL = {
     "lightning.pytorch.loggers.CSVLogger",
     "lightning.pytorch.strategies.DDPStrategy",
 }
-HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
+FUNCTIONS = {  # with `_partial_: true`: handed on, not called while building
+    "mvsplit.data.digits.write_digits",
+    "mvsplit.data.imagenet.unpack_imagenet",
+}
+HYDRA_KEYS: dict[str, Any] = {
+    "_target_": str,
+    "_partial_": bool,
+    "_recursive_": bool,
+    "_convert_": typing.Literal["none", "partial", "object", "all"],
+}
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
@@ -95,10 +112,13 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
         raise UserError(f"{path}._partial_ = {partial}: true is needed, {node['_target_']} is a function")
     provided: frozenset[str] = getattr(target, "provided", frozenset())  # arguments that the network fills in
     hints, required, open_ended = parameters_of(target)
+    for key, hint in HYDRA_KEYS.items():
+        if key in node:
+            check_value(f"{path}.{key}", node[key], hint)
     given = {key: value for key, value in node.items() if key not in HYDRA_KEYS}
     for key, value in given.items():
         if key not in hints:
-            if open_ended:
+            if open_ended and isinstance(key, str) and not key.startswith("_"):  # `_args_` would escape the check
                 continue
             raise UserError(f"{path}.{key} = {value!r}: {describe_unknown(key, hints)}")
         if key in provided:
@@ -122,10 +142,10 @@ def locate(name: Any, path: str) -> Callable[..., Any]:
     Raises:
         UserError: if it does not exist or is not allowed.
     """
-    refused = UserError(
-        f"{path}._target_ = {name}: allowed are classes and functions of mvsplit and {', '.join(sorted(EXTERNAL))}"
-    )
-    if not isinstance(name, str) or not (name in EXTERNAL or name.startswith("mvsplit.")):
+    listed = EXTERNAL | FUNCTIONS
+    allowed = [*(f"classes of {package.removesuffix('.')}" for package in PACKAGES), *sorted(listed)]
+    refused = UserError(f"{path}._target_ = {name}: allowed are {', '.join(allowed)}")
+    if not isinstance(name, str) or not (name in listed or name.startswith(PACKAGES)):
         raise refused
     module, _, attribute = name.rpartition(".")
     try:
@@ -133,7 +153,7 @@ def locate(name: Any, path: str) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         raise UserError(f"{path}._target_ = {name}: not found ({error})") from error
     # What a module of ours merely imported (os, torch.load …) is not ours.
-    if not callable(target) or (name not in EXTERNAL and not target.__module__.startswith("mvsplit.")):
+    if name not in listed and not (inspect.isclass(target) and f"{target.__module__}.".startswith(PACKAGES)):
         raise refused
     return target
 
@@ -197,10 +217,10 @@ def _allowed(item: Any) -> str:
     return item["msg"].replace("Input should be", "must be").replace("valid ", "")
 
 
-def describe_unknown(key: str, known: Iterable[Any]) -> str:
+def describe_unknown(key: Any, known: Iterable[Any]) -> str:
     """What to tell about a key that is not one of the known."""
     known = [str(name) for name in known if name not in HYDRA_KEYS]
-    close = difflib.get_close_matches(key, known, n=1)
+    close = difflib.get_close_matches(str(key), known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"unknown key; {hint}allowed are {', '.join(sorted(known))}"
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from mvsplit.utils import hydra_node
 from mvsplit.utils.config import describe_unknown, locate, parameters_of
 from mvsplit.utils.errors import AgreedError, UserError
 from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers
@@ -44,7 +46,9 @@ def run(main: Callable[[DictConfig], Any], config_name: str) -> None:
         with told():  # inside Hydra's job, which would add lines of its own
             return main(cfg)
 
-    with told():
+    with told(), hydra_node.checked():
+        if get_args_parser().parse_known_args()[0].experimental_rerun is not None:
+            raise UserError("--experimental-rerun: not supported, it would run whatever a pickle holds")
         hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "configs"), config_name=config_name)(job)()
 
 
@@ -61,7 +65,7 @@ def told() -> Iterator[None]:
     try:
         yield
     except AgreedError as error:
-        sys.exit(fail(str(error)) if rank_zero_only.rank == 0 else 2)
+        sys.exit(fail(str(error)) if getattr(rank_zero_only, "rank", 0) == 0 else 2)
     except (ValueError, HydraException, OmegaConfBaseException, MisconfigurationException, OSError) as error:
         if not is_users(error):
             raise
@@ -105,7 +109,11 @@ def explain(error: BaseException) -> str:
         cause = error.__cause__
         if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
             key, node = str(cause.key), cause.parent_node
-            if "_target_" in node and key in parameters_of(locate(node["_target_"], str(cause.full_key)))[0]:
+            try:
+                known = parameters_of(locate(node["_target_"], str(cause.full_key)))[0] if "_target_" in node else {}
+            except UserError as refused:
+                return str(refused)
+            if key in known:
                 return f"{cause.full_key}: not in the config file; give it as +{cause.full_key}=…"
             return f"{cause.full_key}: {describe_unknown(key, dict.fromkeys(node))}"
         return str(error).splitlines()[0] + (f" ({str(cause).splitlines()[0]})" if cause else "")

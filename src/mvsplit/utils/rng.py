@@ -53,7 +53,7 @@ def mix(x: Tensor) -> Tensor:
 def bits(seed: int, stream: Stream, index: Tensor, count: int) -> Tensor:
     """64 random bits per entry: (B,) int64 indices → (B, count) int64."""
     index = index.to(torch.int64)
-    key = mix(mix(torch.full_like(index, seed)) + int(stream))
+    key = mix(mix(index.new_tensor([seed])) + int(stream))
     row = mix(key ^ mix(index))[:, None]
     return mix(row + torch.arange(count, device=index.device) * _GOLDEN)
 

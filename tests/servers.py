@@ -1,0 +1,75 @@
+"""A real HTTP server on this machine that serves a folder and misbehaves as it is told."""
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class FaultyServer:
+    """Serves `folder`. `faults[name]` is a list of what the next requests for a file meet, one each:
+
+    `503` or another status, `stall` (half the body, then silence), `cut` (half the body, then the line is closed),
+    `redirect ADDRESS`, `loop` (a redirect to itself); `other NAME` sends another file's content. `always[name]` does
+    the same for every request.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.faults: dict[str, list[str]] = defaultdict(list)
+        self.always: dict[str, str] = {}
+        self.requests: Counter[str] = Counter()
+        self.authorization: list[str | None] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.answer(self)
+
+            def log_message(self, *arguments: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        name = request.path.lstrip("/")
+        self.requests[name] += 1
+        self.authorization.append(request.headers.get("Authorization"))
+        fault = self.faults[name].pop(0) if self.faults[name] else self.always.get(name, "")
+        path = self.folder / (fault.removeprefix("other ") if fault.startswith("other ") else name)
+        if fault.isdigit() or not path.is_file():
+            request.send_error(int(fault or 404))
+            return
+        if fault.startswith("redirect ") or fault == "loop":
+            request.send_response(302)
+            request.send_header("Location", f"/{name}" if fault == "loop" else fault.removeprefix("redirect "))
+            request.end_headers()
+            return
+        body = path.read_bytes()
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        if fault in ("stall", "cut"):
+            request.wfile.write(body[: len(body) // 2])
+            request.wfile.flush()
+            if fault == "stall":
+                time.sleep(4)
+            request.close_connection = True
+            return
+        request.wfile.write(body)
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[FaultyServer]:
+    faulty = FaultyServer(folder)
+    thread = threading.Thread(target=faulty.server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield faulty
+    finally:
+        faulty.server.shutdown()
+        faulty.server.server_close()

@@ -1,0 +1,469 @@
+"""Everything that can be wrong with shards, done to real ones: found, named, counted, and survived if asked for."""
+
+import io
+import os
+import pickle
+import struct
+import tarfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_tools import (
+    SUBSTITUTE,
+    colour,
+    datamodule,
+    grey,
+    index,
+    jpeg_shards,
+    latent_shards,
+    photograph,
+    picture,
+    reader,
+    shards,
+    tar_of,
+)
+from PIL import Image
+
+from mvsplit.data.faults import DataFault, FaultCounts, FaultPolicy, Finding
+from mvsplit.data.formats import Images, Latents, jpeg_damage
+from mvsplit.data.reader import MAX_SUBSTITUTES, ShardReader, collate
+from mvsplit.data.transforms import CentreCrop
+from mvsplit.utils.errors import UserError
+
+SECOND = 1024 + 512 + 512  # class header and body, image header and body: the second sample of a shard begins here
+
+
+def cut(place: int) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path, place)
+
+
+def overwrite(place: int, content: bytes) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[place : place + len(content)] = content
+        path.write_bytes(data)
+
+    return damage
+
+
+# What is done to the second of three shards of ten samples: (damage, kind, samples that remain).
+DAMAGE: dict[str, tuple[Callable[[Path], None], str, int]] = {
+    "cut in a header": (cut(SECOND + 200), "truncated", 1),
+    "cut in a member": (cut(SECOND + 1024 + 512 + 10), "truncated", 1),
+    "cut at a sample": (cut(SECOND), "truncated", 1),
+    "without its end": (cut(10 * SECOND), "truncated", 10),
+    "corrupt header": (overwrite(SECOND + 20, b"\xff" * 40), "bad_header", 1),
+    "no tar at all": (lambda path: path.write_bytes(b"hello" * 1000), "bad_header", 0),
+    "empty file": (lambda path: path.write_bytes(b""), "empty_shard", 0),
+    "empty tar": (lambda path: path.write_bytes(bytes(10240)), "empty_shard", 0),
+    "missing": (lambda path: path.unlink(), "missing_shard", 0),
+    "class is no number": (overwrite(SECOND + 512, b"x"), "bad_member", 9),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_is_found_before_training(tmp_path: Path, how: str) -> None:
+    damage, kind, remain = DAMAGE[how]
+    damage(shards(tmp_path, 30)[1])
+    pattern = "train-{000000..000002}.tar"
+    with pytest.raises(UserError, match=r"train-000001\.tar") as caught:
+        index(tmp_path, pattern=pattern)
+    assert "\n" not in str(caught.value)
+    found = index(tmp_path, SUBSTITUTE, pattern)
+    assert [shard.samples for shard in found.shards] == [10, remain, 10]
+    assert [finding.kind for finding in found.findings] == [kind]
+    assert "train-000001.tar" in found.findings[0].message
+    lost = 1 if remain in (9, 10) else 10 - remain
+    assert found.lost() == lost
+    with pytest.raises(UserError, match=rf"max_rate = 0\.01: about {lost} of {20 + remain + lost} samples .*{kind} 1"):
+        index(tmp_path, FaultPolicy("substitute", 0.01), pattern)
+    with pytest.raises(UserError, match=r"train-000001\.tar"):  # also from the kept index
+        index(tmp_path, pattern=pattern)
+
+
+@pytest.mark.parametrize(
+    ("members", "kind", "message"),
+    [
+        ({"a.png": picture(1)}, "missing_label", "sample 'a' has no class label"),
+        ({"a.cls": b"1"}, "missing_member", "sample 'a' has no image"),
+        ({"a.png": picture(1), "a.cls": b"cat"}, "bad_member", "has the class label b'cat', not a number"),
+        ({"a.png": picture(1), "a.json": b"{"}, "bad_member", "has a .json that is none"),
+        ({"a.png": picture(1), "a.json": b'{"label": "cat"}'}, "missing_label", "has no class label"),
+        ({}, "empty_shard", "holds no samples"),
+    ],
+)
+def test_incomplete_samples(tmp_path: Path, members: dict[str, bytes], kind: str, message: str) -> None:
+    tar_of(tmp_path / "train-0.tar", members)
+    with pytest.raises(UserError, match=message):
+        index(tmp_path)
+    tar_of(tmp_path / "train-1.tar", {"b.png": picture(1), "b.cls": b"1"})
+    found = index(tmp_path, SUBSTITUTE)
+    assert (len(found), [finding.kind for finding in found.findings]) == (1, [kind])
+
+
+# What is done to the second shard after all were indexed: (damage, kind met when reading sample 13, or None if whole).
+LATER: dict[str, tuple[Callable[[Path], None], str | None]] = {
+    "a changed byte": (overwrite(3 * SECOND + 512 + 512 + 512 + 40, b"\0\1\2"), "checksum"),
+    "cut before it": (cut(2 * SECOND), "truncated"),
+    "cut in it": (cut(3 * SECOND + 1024 + 512 + 10), "truncated"),
+    "cut behind it": (cut(5 * SECOND), None),
+    "removed": (lambda path: path.unlink(), "missing_shard"),
+    "empty": (lambda path: path.write_bytes(b""), "truncated"),
+    "another shard": (lambda path: path.write_bytes(path.with_name("train-000002.tar").read_bytes()), "checksum"),
+    "a longer shard": (
+        lambda path: path.write_bytes(os.urandom(path.stat().st_size) + bytes(1024)),
+        "replaced_shard",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", LATER)
+def test_damage_after_indexing_is_found_when_read(tmp_path: Path, how: str) -> None:
+    path = shards(tmp_path, 30)[1]
+    source = reader(tmp_path)
+    damage, kind = LATER[how]
+    damage(path)
+    if kind is None:
+        assert source.read(0, 13)["label"] == 13 % 3
+        return
+    with pytest.raises(DataFault, match=r"train-000001\.tar") as caught:
+        source.read(0, 13)
+    assert caught.value.kind == kind
+    assert source.read(0, 9)["label"] == 0
+    # A reader does not raise: fatal hands on the finding, substitute another sample as well.
+    item = source[0, 13]
+    assert [finding.kind for finding in item["findings"]] == [kind]
+    assert item["weight"] == 0
+    source.policy = SUBSTITUTE
+    items = [source[place, 13] for place in range(20)]
+    others = {item["index"] for item in items}
+    assert not others & set(range(13, 14))
+    assert len(others) > 3  # spread over what is left
+    assert [source[place, 13]["index"] for place in range(20)] == [item["index"] for item in items]
+    assert all(item["findings"][0].kind == kind for item in items)
+    assert all(float(item["image"].float().mean()) == item["index"] for item in items)
+
+
+def test_validation_leaves_damaged_samples_out(tmp_path: Path) -> None:
+    path = shards(tmp_path, 30)[1]
+    module = datamodule(tmp_path, tmp_path, batch_size=6, faults=SUBSTITUTE)
+    module.setup()
+    cut(SECOND)(path)
+    batches = list(module.val_dataloader())
+    weights = torch.cat([batch["weight"] for batch in batches])
+    assert weights.sum() == 21
+    assert (weights[11:20] == 0).all()
+    assert sum(len(batch["findings"]) for batch in batches) == 9
+
+
+def test_a_shard_damaged_between_two_runs_keeps_its_numbers(tmp_path: Path) -> None:
+    """Else a resume would find another data set than it was trained on."""
+    path = shards(tmp_path, 30)[1]
+    before = index(tmp_path, SUBSTITUTE)
+    cut(4 * SECOND)(path)
+    after = index(tmp_path, SUBSTITUTE)
+    assert after.fingerprint == before.fingerprint
+    assert len(after) == 30
+    path.unlink()
+    pattern = "train-{000000..000002}.tar"
+    assert index(tmp_path, SUBSTITUTE, "*.tar").fingerprint != before.fingerprint  # it is not listed any more
+    shards(tmp_path, 30)
+    assert index(tmp_path, SUBSTITUTE, pattern).fingerprint == before.fingerprint
+    path.unlink()
+    assert index(tmp_path, SUBSTITUTE, pattern).fingerprint == before.fingerprint
+    with pytest.raises(UserError, match="there is no such shard"):
+        index(tmp_path, pattern=pattern)
+
+
+def test_when_nothing_can_stand_in_the_run_is_told(tmp_path: Path) -> None:
+    paths = shards(tmp_path, 30)
+    source = reader(tmp_path, SUBSTITUTE)
+    for path in paths:
+        path.unlink()
+    item = source[0, 13]
+    assert len(item["findings"]) == MAX_SUBSTITUTES + 1
+    assert [finding.hopeless for finding in item["findings"]] == [False] * MAX_SUBSTITUTES + [True]
+    with pytest.raises(UserError, match="nothing else could be read in its place"):
+        SUBSTITUTE.judge(item["findings"], 17, 1)
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def half_zeroed(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+
+
+def zero_page(data: bytes) -> bytes:
+    """A page in the middle that was never written to disk."""
+    middle = len(data) // 2
+    return data[:middle] + bytes(4096) + data[middle + 4096 :]
+
+
+@pytest.mark.parametrize("how", [half_zeroed, zero_page])
+def test_a_zeroed_jpeg_is_found_though_it_decodes(tmp_path: Path, how: Callable[[bytes], bytes]) -> None:
+    whole = photograph(1, 600, 800)
+    assert jpeg_damage(whole) is None
+    damaged = how(whole)
+    assert Image.open(io.BytesIO(damaged)).size == (800, 600)
+    tar_of(tmp_path / "train-0.tar", {"a.jpg": damaged, "a.cls": b"1", "b.jpg": whole, "b.cls": b"1"})
+    with pytest.raises(UserError, match=r"train-0\.tar: sample 'a': (its end is missing|zeros in the middle)"):
+        index(tmp_path, form=colour())
+    found = index(tmp_path, SUBSTITUTE, form=colour())
+    assert (len(found), found.findings[0].kind) == (1, "zeroed")
+
+
+def test_notes_and_thumbnails_in_a_jpeg_are_no_damage() -> None:
+    """An APP1 segment may hold zeros and a whole JPEG with an end mark of its own."""
+    data = photograph(1)
+    note = b"Exif\0\0" + bytes(9000) + photograph(2)[:2000] + b"\xff\xd9"
+    with_note = data[:2] + b"\xff\xe1" + struct.pack(">H", len(note) + 2) + note + data[2:]
+    assert Image.open(io.BytesIO(with_note)).size == (120, 96)
+    assert jpeg_damage(with_note) is None
+    assert jpeg_damage(half_zeroed(with_note)) is not None
+    assert jpeg_damage(data + bytes(100)) is None  # padded
+
+
+def png_of_16_bits() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def damaged_png() -> bytes:
+    data = bytearray(picture(7, 64, 64))
+    data[len(data) // 2] ^= 0xFF
+    return bytes(data)
+
+
+def png_bomb(side: int = 50_000) -> bytes:
+    """A PNG of some megabytes of zeros packed small that wants side² pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+        + chunk(b"IEND", b"")
+    )
+
+
+UNREADABLE = {
+    "garbage": b"no picture",
+    "damaged": damaged_png(),
+    "sixteen bits": png_of_16_bits(),
+    "empty": b"",
+    "pixel bomb": png_bomb(),
+}
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_pictures_that_cannot_be_read_are_named(tmp_path: Path, how: str) -> None:
+    """Damaged before they were indexed, so that no checksum tells."""
+    tar_of(tmp_path / "train-0.tar", {"a.png": UNREADABLE[how], "a.cls": b"1", "b.png": picture(5), "b.cls": b"2"})
+    source = reader(tmp_path)
+    with pytest.raises(DataFault, match=r"train-0\.tar: sample 0 \('a'\) at byte 512 does not decode") as caught:
+        source.read(0, 0)
+    assert caught.value.kind == "undecodable"
+    source.policy = SUBSTITUTE
+    assert source[0, 0]["label"] == 2
+
+
+# ------------------------------------------------------------ rates and counts
+
+
+def test_rates_are_judged_after_a_thousand_samples() -> None:
+    policy = FaultPolicy("substitute", 0.01)
+    finding = Finding("checksum", "train-0.tar: sample 3 fails its checksum")
+    policy.judge([finding], 500, 999)
+    policy.judge([finding], 10, 1000)
+    policy.judge([Finding("retried", "x")], 11, 1000)
+    with pytest.raises(UserError, match=r"max_rate = 0\.01: 11 of 1000 samples were damaged; the last: train-0\.tar"):
+        policy.judge([finding], 11, 1000)
+    with pytest.raises(UserError, match=r"train-0\.tar: sample 3 fails its checksum \(data\.faults\.action=substitute"):
+        FaultPolicy().judge([finding], 1, 10_000)
+    FaultPolicy().judge([Finding("retried", "x")], 0, 1)
+
+
+def test_counts_add_up() -> None:
+    counts = FaultCounts()
+    counts.add([Finding("checksum", "a"), Finding("retried", "b")], 8, None)
+    counts.add([Finding("checksum", "a")], 8, None)
+    assert counts.counts == Counter(checksum=2, retried=1)
+    assert (counts.faults, counts.samples) == (2, 16)
+
+
+def test_a_fault_travels_between_processes() -> None:
+    fault = pickle.loads(pickle.dumps(DataFault("network", "a: b")))
+    assert (fault.kind, str(fault)) == ("network", "a: b")
+
+
+# -------------------------------------------------------------- hostile shards
+
+
+class Poison:
+    """Creates the canary when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.canary,)
+
+
+def member(name: str, data: bytes = b"", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info, data
+
+
+def hostile(name: str, canary: Path) -> list[tuple[tarfile.TarInfo, bytes]] | bytes:
+    """Members of a shard (or its bytes) that try to run something, write somewhere, or take all memory or time."""
+    good = [member("z.png", picture(3)), member("z.cls", b"3")]
+    poison = pickle.dumps(Poison(canary))
+    array = io.BytesIO()
+    np.save(array, np.array([Poison(canary)], dtype=object), allow_pickle=True)
+    weights = io.BytesIO()
+    torch.save(Poison(canary), weights)
+    bad_size = bytearray(member("a.png", picture(1))[0].tobuf())
+    bad_size[124:136] = b"\xff" * 12  # −1 in base 256
+    bad_size[148:156] = b"%06o\0 " % (sum(bad_size[:148]) + sum(bad_size[156:]) + 8 * 32)
+    cases: dict[str, list[tuple[tarfile.TarInfo, bytes]] | bytes] = {
+        "pickle beside": [*good, member("z.pkl", poison)],
+        "pyd beside": [*good, member("z.pyd", poison)],
+        "weights beside": [*good, member("z.pth", weights.getvalue())],
+        "pickle with a second suffix": [*good, member("z.png.pkl", poison)],
+        "array of objects": [*good, member("z.npy", array.getvalue())],
+        "pickle as picture": [member("a.png", poison), member("a.cls", b"1"), *good],
+        "pickle as class": [member("a.png", picture(1)), member("a.cls", poison), *good],
+        "code as class": [member("a.png", picture(1)), member("a.cls", b"__import__('os')"), *good],
+        "nested json": [member("a.png", picture(1)), member("a.json", b"[" * 200_000), *good],
+        "number of a million digits": [
+            member("a.png", picture(1)),
+            member("a.json", b'{"label": ' + b"9" * 10**6 + b"}"),
+            *good,
+        ],
+        "absolute name": [member(f"{canary}", b"x"), *good],
+        "name that leads up": [member(f"../../{canary.name}", b"x"), *good],
+        "symbolic link": [member("a.png", type=tarfile.SYMTYPE, linkname=str(canary)), *good],
+        "hard link": [member("a.png", type=tarfile.LNKTYPE, linkname="/etc/passwd"), *good],
+        "device": [member("a.png", type=tarfile.CHRTYPE), *good],
+        "pipe": [member("a.png", type=tarfile.FIFOTYPE), *good],
+        "terminal codes in a name": [member("a\x1b[2J.png", picture(1)), *good],
+        "pixel bomb": [member("a.png", png_bomb()), member("a.cls", b"1"), *good],
+        "the same member twice": [member("a.png", picture(1)), member("a.png", poison), *good],
+        "size below zero": bytes(bad_size) + bytes(2048),
+        "enormous header": member("pax", type=tarfile.XHDTYPE, size=1 << 34)[0].tobuf() + bytes(4096),
+        "packed tar": __import__("gzip").compress(bytes(10240)),
+        "sparse member": [member("a.png", bytes(512), type=tarfile.GNUTYPE_SPARSE), *good],
+    }
+    return cases[name]
+
+
+HOSTILE = {
+    "pickle beside": "ignored", "pyd beside": "ignored", "weights beside": "ignored",
+    "pickle with a second suffix": "ignored", "array of objects": "ignored",
+    "pickle as picture": "undecodable", "pickle as class": "bad_member", "code as class": "bad_member",
+    "nested json": "bad_member", "number of a million digits": "bad_member", "absolute name": "bad_member",
+    "name that leads up": "bad_member", "symbolic link": "bad_member", "hard link": "bad_member",
+    "device": "bad_member", "pipe": "bad_member", "terminal codes in a name": "bad_member",
+    "pixel bomb": "undecodable", "the same member twice": "bad_member", "size below zero": "bad_header",
+    "enormous header": "bad_header", "packed tar": "bad_header", "sparse member": "bad_member",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_shards_do_nothing_and_are_reported(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing runs, nothing is written outside the cache, the good sample beside is read, and the user is told."""
+    canary, folder = tmp_path / "canary", tmp_path / "set"
+    folder.mkdir()
+    content = hostile(name, canary)
+    if isinstance(content, bytes):
+        (folder / "train-0.tar").write_bytes(content)
+    else:
+        with tarfile.open(folder / "train-0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+            for info, data in content:
+                tar.addfile(info, io.BytesIO(data))
+    tar_of(folder / "train-1.tar", {"y.png": picture(4), "y.cls": b"4"})
+    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    began = time.monotonic()
+    with caplog.at_level("INFO", logger="mvsplit"):
+        source = reader(folder, SUBSTITUTE)
+        items = source.__getitems__([(i, i) for i in range(len(source))])
+    assert time.monotonic() - began < 5
+    assert not canary.exists()
+    assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+    labels = {item["label"] for item in items if not item["findings"]}
+    assert labels == ({3, 4} if name not in ("size below zero", "enormous header", "packed tar") else {4})
+    expected = HOSTILE[name]
+    met = [f.kind for f in source.index.findings] + [f.kind for item in items for f in item["findings"]]
+    if expected == "ignored":
+        assert met == []
+        assert "that are never read, by suffix" in caplog.text
+    else:
+        assert set(met) == {expected}
+    if expected not in ("ignored", "undecodable"):
+        with pytest.raises(UserError, match=r"train-0\.tar") as caught:
+            index(folder)
+        assert str(caught.value).isprintable()
+
+
+def test_an_index_from_elsewhere_cannot_lead_out_of_the_set(tmp_path: Path) -> None:
+    """An index that lies beside the shards is data like they are."""
+    from dataclasses import replace
+
+    from mvsplit.data.index import ShardIndex, write_index
+
+    shards(tmp_path, 10)
+    honest = index(tmp_path, pattern="train-*.tar")
+    for file in (tmp_path / "cache" / "indices").iterdir():
+        file.unlink()
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(picture(99))
+    forged = [replace(honest.shards[0], files=("../secret.png",) * 10, mtime_ns=0)]
+    write_index(tmp_path / "train.index.safetensors", ShardIndex(str(tmp_path), forged, honest.columns))
+    found = index(tmp_path, pattern="train-*.tar")
+    assert found.location(0) == str(tmp_path / "train-000000.tar")
+
+
+def test_latents_are_never_unpickled(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    content = pickle.dumps(Poison(canary))
+    huge = struct.pack("<Q", 1 << 40) + b"{}"
+    members = {"a.safetensors": content, "a.cls": b"1", "b.safetensors": huge, "b.cls": b"1"}
+    tar_of(tmp_path / "train-0.tar", members)
+    latent_shards(tmp_path, 3, 3)
+    source = reader(tmp_path, SUBSTITUTE, form=Latents([8, 8], 4, flip=False))
+    kinds = [[f.kind for f in source[0, i]["findings"]][:1] for i in range(len(source))]
+    assert kinds.count(["undecodable"]) == 2
+    assert not canary.exists()
+
+
+def test_faults_of_captions_count_too(tmp_path: Path) -> None:
+    tar_of(tmp_path / "train-0.tar", {"a.png": picture(1), "a.cls": b"1", "a.txt": b"\xff\xfe not utf-8"})
+    assert reader(tmp_path)[0, 0]["caption"] == "�� not utf-8"
+
+
+def test_jpegs_go_through_collate_with_their_findings(tmp_path: Path) -> None:
+    path = jpeg_shards(tmp_path, 12, 6)[0]
+    form = Images([32, 32], 3, CentreCrop([32, 32]))
+    source = ShardReader(index(tmp_path, form=form), reader(tmp_path).storage, form, SUBSTITUTE, train=True)
+    row = source.index.columns
+    overwrite(int(row["data.offset"][2]) + 50, b"\0\0\0\0")(path)
+    batch = collate(source.__getitems__([(i, i) for i in range(12)]))
+    assert batch["image"].shape == (12, 3, 32, 32)
+    assert [finding.kind for finding in batch["findings"]] == ["checksum"]
+    assert grey().members["data"] == form.members["data"]
