@@ -1,18 +1,22 @@
 """src/encode.py as users start it, killed as it happens, and what it wrote trained on."""
 
+import functools
 import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import compose_config
 
 import encode
+from mvsplit.utils.errors import UserError
 
 KEYS = ["data=digits", "kind=latents", "autoencoder=tiny", "shard_size=6", "batch_size=4"]
 
@@ -21,12 +25,20 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def encode_into(folder: Path, data_dir: Path, *overrides: str, output: str = "out") -> Path:
+    paths = [f"paths.data_dir={data_dir}", f"paths.output_dir={folder}", f"output={folder}/{output}"]
+    return encode.encode(compose_config(*KEYS, *paths, *overrides, name="encode.yaml"))
+
+
+@pytest.fixture
+def encode_here(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
+    return functools.partial(encode_into, tmp_path, data_dir)
+
+
 @pytest.fixture(scope="module")
 def whole(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits' latents, written in one go by one process: this."""
-    folder = tmp_path_factory.mktemp("whole")
-    paths = [f"paths.data_dir={data_dir}", f"paths.output_dir={folder}", f"output={folder}/out"]
-    return encode.encode(compose_config(*KEYS, *paths, name="encode.yaml"))
+    return encode_into(tmp_path_factory.mktemp("whole"), data_dir)
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -51,8 +63,8 @@ def test_killed_ten_times_it_ends_with_the_very_files(
     for kill in range(10):
         before = len(list(out.glob("*.tar")))
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        # Four at any time of the start, the others while shards are written.
-        starting, until = kill in (1, 3, 6, 8), time.monotonic() + rng.uniform(0.5, 5)
+        # Every other one at any time of the start, the rest while shards are written.
+        starting, until = kill % 2 == 1, time.monotonic() + rng.uniform(0.5, 5)
         while time.monotonic() < until if starting else len(list(out.glob("*.tar"))) < before + 3:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.002)
@@ -77,17 +89,30 @@ def test_killed_ten_times_it_ends_with_the_very_files(
 def test_an_error_in_one_process_ends_all_with_its_line(
     run_script: Callable[..., subprocess.CompletedProcess[str]], data_dir: Path, tmp_path: Path
 ) -> None:
-    overrides = ["data=digits", f"paths.data_dir={data_dir}", f"output={tmp_path}/out", "num_processes=2"]
-    tiny = ["kind=latents", "autoencoder=tiny", "autoencoder.channels=1", "data.channels=3"]
-    result = run_script("encode.py", *overrides, *tiny, "shard_size=100")
-    assert result.returncode not in (0, 2)  # a defect keeps its traceback
-    assert "in a process of its own:" in result.stderr
-    assert "pixel_unshuffle" in result.stderr or "conv2d" in result.stderr
-    (tmp_path / "out").joinpath("train-000000.tar").mkdir()  # cannot be written
-    result = run_script("encode.py", *overrides, *tiny[:2], "shard_size=100", f"output={tmp_path}/out")
+    (blocked := tmp_path / "out" / ".encode" / "train-000001.tar.safetensors").mkdir(parents=True)  # cannot be written
+    paths = [f"paths.data_dir={data_dir}", f"output={tmp_path}/out"]
+    result = run_script("encode.py", "data=digits", *paths, "shard_size=100", "num_processes=2")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.startswith(f"error: {blocked}")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_defect_or_a_death_in_one_process_ends_all(encode_here: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)in a process of its own:.*Traceback.*conv2d"):
+        encode_here("num_processes=2", "data.channels=3", "autoencoder.channels=1", output="defect")
+
+    def kill_one() -> None:
+        while not list((tmp_path / "killed").glob("*.tar")):
+            time.sleep(0.005)
+        (server,) = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
+        server.children()[0].kill()
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    with pytest.raises(UserError, match=r"num_processes: a process was ended from outside \(status -9\)"):
+        encode_here("num_processes=2", "shard_size=2", output="killed")
+    thread.join()
+    assert not processes_of(tmp_path / "killed")
 
 
 def test_a_latent_set_trains(train_here: Callable[..., tuple[dict[str, float], dict[str, Any]]], whole: Path) -> None:

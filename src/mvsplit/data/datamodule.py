@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from mvsplit.data.faults import FaultCounts, FaultPolicy, Finding
 from mvsplit.data.formats import Format
-from mvsplit.data.index import Layout, ShardIndex, load_index, read_manifest
+from mvsplit.data.index import Layout, ShardIndex, load_index, read_manifest, set_name
 from mvsplit.data.order import StreamBatches, StreamOrder
 from mvsplit.data.pipeline import COSTS, WebDatasetStream
 from mvsplit.data.prefetch import Prefetcher
@@ -167,6 +167,9 @@ class ShardDataModule(L.LightningDataModule):
     def load(self, name: str) -> ShardIndex:
         """The index of one set, brought up to date, its classes checked."""
         pattern = self.patterns[name]
+        begun = any(Path(self.folder, ".encode").glob(f"{set_name(pattern)}-*.json"))
+        if begun and read_manifest(self.storage, self.folder, pattern) is None:
+            raise UserError(f"data.folder = {self.folder}: src/encode.py has not finished '{pattern}'; run it again")
         index = load_index(self.storage, self.folder, pattern, self.format, self.policy, self.layout)
         labels = index.columns["label"]
         if (highest := int(labels.max())) >= self.num_classes:

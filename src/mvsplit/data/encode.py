@@ -162,7 +162,7 @@ def _identity(settings: Settings, data: ShardDataModule, autoencoder: Autoencode
     else:
         more = {"image_format": settings.image_format}
         more |= {"quality": settings.quality} if settings.image_format != "png" else {}
-    return json.loads(json.dumps(about | more))
+    return json.loads(json.dumps(about | more, default=lambda value: type(value).__name__))
 
 
 def _agree(job: Job, identity: dict[str, Any]) -> None:
