@@ -1,5 +1,6 @@
 """ImageNet as torchvision's `ImageNet` unpacks it: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`."""
 
+import shutil
 from pathlib import Path
 
 from torchvision.datasets import ImageNet
@@ -23,7 +24,10 @@ def unpack_imagenet(folder: Path, archives: str) -> None:
     try:
         for split in ("val", "train"):  # the smaller first: what is missing is told sooner
             ImageNet(folder, split)
-    except RuntimeError as error:
-        raise UserError(f"data.prepare.archives = {archives}: {str(error).partition('You need')[0]}") from None
+    except BaseException as error:
+        shutil.rmtree(folder)  # half of it is of no use
+        if isinstance(error, RuntimeError):
+            raise UserError(f"data.prepare.archives = {archives}: {str(error).partition('You need')[0]}") from None
+        raise
     for link in links:
         link.unlink()
