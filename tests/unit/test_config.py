@@ -10,6 +10,7 @@ from lightning import Trainer
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+import encode
 from mvsplit.training import run
 from mvsplit.utils.config import EXTERNAL, build, build_each, check_config, to_plain
 from mvsplit.utils.entry import plain_overrides
@@ -19,6 +20,8 @@ from mvsplit.utils.runs import PROJECT_ROOT
 CONFIGS = PROJECT_ROOT / "configs"
 GROUPS = [g.name for g in sorted(CONFIGS.iterdir()) if g.is_dir() and g.name not in ("hydra", "local", "paths")]
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
+ENCODED = {"autoencoder", "data"}
+"""Groups of encode.yaml."""
 
 
 def checked(*overrides: str) -> dict[str, Any]:
@@ -30,7 +33,7 @@ def checked(*overrides: str) -> dict[str, Any]:
 
 def test_all_groups_of_the_design_are_there() -> None:
     expected = {"data", "model", "residual", "flow", "sampler", "optim", "trainer", "callbacks", "logger", "experiment",
-                "debug", "hparams_search", "extras"}  # fmt: skip
+                "debug", "hparams_search", "extras", "autoencoder"}  # fmt: skip
     assert set(GROUPS) == expected
     named = {group: {option for g, option in OPTIONS if g == group} for group in GROUPS}
     assert named["trainer"] >= {"default", "cpu", "gpu", "ddp", "ddp_sim", "fsdp", "deepspeed", "deepspeed_offload"}
@@ -38,7 +41,7 @@ def test_all_groups_of_the_design_are_there() -> None:
     assert named["logger"] >= {"tensorboard", "csv", "many_loggers"}
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "autoencoder"])
 def test_every_config_composes_and_builds(group: str, option: str) -> None:
     # Hydra's own settings in debug and hparams_search are for its launcher and are not composed here.
     # The networks of width 1024 are for pictures of 256 × 256.
@@ -61,6 +64,18 @@ def test_every_config_composes_and_builds(group: str, option: str) -> None:
     with torch.device("meta"):
         network = build(config["model"])()
     assert len(network.blocks) == config["model"]["depth"]
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in ENCODED])
+def test_every_config_of_encode_composes_and_builds(group: str, option: str) -> None:
+    config = to_plain(compose_config("paths.output_dir=/nowhere", f"{group}={option}", name="encode.yaml"))
+    check_config(config, encode.EncodeConfig)
+    assert build(config["data"]) is not None
+    if config["autoencoder"]["_target_"].endswith("Diffusers"):  # these must be fetched
+        return
+    images = torch.zeros(1, 3, 8, 8)
+    autoencoder = build(config["autoencoder"])
+    assert autoencoder.decode(autoencoder.encode(images)[0]).shape == images.shape
 
 
 def test_every_context_composes_and_builds(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 import yaml
 from conftest import compose_config
 
+import encode
 from mvsplit.training import run
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.entry import plain_overrides
@@ -28,13 +29,15 @@ def test_every_command_has_a_valid_config(command: list[str]) -> None:
     overrides = [o.split(",")[0] if o.startswith("residual=") else o for o in overrides]  # the first of a sweep
     name = script.replace(".py", ".yaml")
     config = to_plain(compose_config("paths.output_dir=/nowhere", *plain_overrides(overrides), name=name))
+    if script == "encode.py":
+        check_config(config, encode.EncodeConfig)
     if script == "train.py":
         check_config(config, run.TrainConfig)
         run.check_together(config)
 
 
 def test_all_kinds_of_commands_are_found() -> None:
-    assert {command[1] for command in COMMANDS} == {"src/train.py", "src/sample.py", "src/eval.py"}
+    assert {command[1] for command in COMMANDS} == {"src/train.py", "src/sample.py", "src/eval.py", "src/encode.py"}
     assert len(COMMANDS) > 8
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from mvsplit.data.faults import FaultCounts, FaultPolicy, Finding
 from mvsplit.data.formats import Format
-from mvsplit.data.index import Layout, ShardIndex, load_index, read_manifest
+from mvsplit.data.index import Layout, ShardIndex, load_index, read_manifest, set_name
 from mvsplit.data.order import StreamBatches, StreamOrder
 from mvsplit.data.pipeline import COSTS, WebDatasetStream
 from mvsplit.data.prefetch import Prefetcher
@@ -121,8 +121,21 @@ class ShardDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """On one process: put the shards in place if this data set can, and index them."""
+        self.provide()
+        for name in self._indexed():
+            self.load(name)
+
+    def provide(self) -> None:
+        """Put the shards in place if they are missing and this data set can.
+
+        Raises:
+            UserError: if other things are in the way.
+        """
         folder = Path(self.folder)
+        taken = folder.is_dir() and any(folder.iterdir())
         if self.prepare is not None and not list(folder.glob(self.patterns["train"])):
+            if taken:
+                raise UserError(f"data.folder = {folder}: holds other things than data.train; name a new folder")
             # The folder appears when it is whole; of two processes that start at once, one is the first.
             partial = folder.with_name(f".{folder.name}.{os.getpid()}")
             self.prepare(partial)
@@ -130,8 +143,6 @@ class ShardDataModule(L.LightningDataModule):
                 partial.rename(folder)
             except OSError:
                 shutil.rmtree(partial)
-        for name in self._indexed():
-            self._load(name)
 
     def _indexed(self) -> list[str]:
         return ["val"] if self.streams else ["train", "val"]
@@ -139,7 +150,7 @@ class ShardDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         for name in self._indexed():
             if name not in self.indices:
-                self.indices[name] = self._load(name)
+                self.indices[name] = self.load(name)
         if self.overfit_samples:
             few = self.indices["train"].first(self.overfit_samples)
             self.indices = {"train": few, "val": few}
@@ -153,8 +164,12 @@ class ShardDataModule(L.LightningDataModule):
                     f" the next need at least {needed / 2**30:.2g}"
                 )
 
-    def _load(self, name: str) -> ShardIndex:
+    def load(self, name: str) -> ShardIndex:
+        """The index of one set, brought up to date, its classes checked."""
         pattern = self.patterns[name]
+        begun = any(Path(self.folder, ".encode").glob(f"{set_name(pattern)}-*.json"))
+        if begun and read_manifest(self.storage, self.folder, pattern) is None:
+            raise UserError(f"data.folder = {self.folder}: src/encode.py has not finished '{pattern}'; run it again")
         index = load_index(self.storage, self.folder, pattern, self.format, self.policy, self.layout)
         labels = index.columns["label"]
         if (highest := int(labels.max())) >= self.num_classes:

@@ -42,7 +42,10 @@ EXTERNAL = {
     "lightning.pytorch.loggers.CSVLogger",
     "lightning.pytorch.strategies.DDPStrategy",
 }
-FUNCTIONS = {"mvsplit.data.digits.write_digits"}  # with `_partial_: true`: handed on, not called while building
+FUNCTIONS = {  # with `_partial_: true`: handed on, not called while building
+    "mvsplit.data.digits.write_digits",
+    "mvsplit.data.imagenet.unpack_imagenet",
+}
 HYDRA_KEYS: dict[str, Any] = {
     "_target_": str,
     "_partial_": bool,

@@ -2,10 +2,14 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import track as rich_track
 from rich.table import Table
 
@@ -27,6 +31,40 @@ def track(items: Sequence[T], description: str) -> Iterable[T]:
     if len(items) < 8:
         return items
     return rich_track(items, description, console=console())
+
+
+@contextmanager
+def progress(
+    description: str, total: int, done: int = 0, line_every_s: float = 15.0
+) -> Iterator[Callable[[int], None]]:
+    """How far a long work is, with the time left: a bar, or where the output is no terminal a line every so often.
+
+    Args:
+        total: things to do. done: of them, before this run.
+
+    Yields:
+        A function to call with the number of things done since its last call.
+    """
+    out = console()
+    if out.is_terminal:
+        columns = (TextColumn(description), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+        with Progress(*columns, TimeRemainingColumn(), console=out) as bar:
+            task = bar.add_task("", total=total, completed=done)
+            yield lambda count: bar.advance(task, count)
+        return
+    began = last_line = time.monotonic()
+    now_done = done
+
+    def advance(count: int) -> None:
+        nonlocal last_line, now_done
+        now_done += count
+        now = time.monotonic()
+        if count and now - last_line > line_every_s:
+            last_line = now
+            left = timedelta(seconds=round((now - began) / (now_done - done) * (total - now_done)))
+            say(f"{description}: {now_done}/{total}, about {left} left")
+
+    yield advance
 
 
 def show_table(title: str, rows: dict[str, str]) -> None:

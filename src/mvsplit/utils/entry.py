@@ -95,7 +95,9 @@ def is_users(error: BaseException) -> bool:
     last = ""
     while frame is not None:
         last, frame = frame.tb_frame.f_globals.get("__name__", ""), frame.tb_next
-    return last.startswith(("mvsplit.", "__main__", "train", "eval", "sample", "lightning.", "hydra.", "omegaconf."))
+    return last.startswith(
+        ("mvsplit.", "__main__", "train", "eval", "sample", "encode", "lightning.", "hydra.", "omegaconf.")
+    )
 
 
 def explain(error: BaseException) -> str:

@@ -49,11 +49,11 @@ ALLOWED: dict[str, Any] = {
 
 FOLDERS = {
     "hydra.run.dir": (
-        "${run_dir:${paths.log_dir},${task_name},${ckpt_path},${hydra.overrides.task}}",
+        "${run_dir:${paths.log_dir},${task_name},${oc.select:ckpt_path},${hydra.overrides.task}}",
         "outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}",  # Hydra's own default
     ),
     "hydra.sweep.dir": (
-        "${sweep_dir:${paths.log_dir},${task_name},${ckpt_path},${hydra.overrides.task}}",
+        "${sweep_dir:${paths.log_dir},${task_name},${oc.select:ckpt_path},${hydra.overrides.task}}",
         "multirun/${now:%Y-%m-%d}/${now:%H-%M-%S}",
     ),
     "hydra.sweep.subdir": ("${hydra.job.num}",),

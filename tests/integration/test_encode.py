@@ -1,0 +1,123 @@
+"""src/encode.py as users start it, killed as it happens, and what it wrote trained on."""
+
+import functools
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import compose_config
+
+import encode
+from mvsplit.utils.errors import UserError
+
+KEYS = ["data=digits", "kind=latents", "autoencoder=tiny", "shard_size=6", "batch_size=4"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def encode_into(folder: Path, data_dir: Path, *overrides: str, output: str = "out") -> Path:
+    paths = [f"paths.data_dir={data_dir}", f"paths.output_dir={folder}", f"output={folder}/{output}"]
+    return encode.encode(compose_config(*KEYS, *paths, *overrides, name="encode.yaml"))
+
+
+@pytest.fixture
+def encode_here(data_dir: Path, tmp_path: Path) -> Callable[..., Path]:
+    return functools.partial(encode_into, tmp_path, data_dir)
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits' latents, written in one go by one process: this."""
+    return encode_into(tmp_path_factory.mktemp("whole"), data_dir)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes with a file open in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(os.readlink(fd).startswith(str(folder)) for fd in (process / "fd").iterdir()):
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_killed_ten_times_it_ends_with_the_very_files(
+    script: Callable[..., list[str]], data_dir: Path, tmp_path: Path, whole: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [*script("encode.py", *KEYS), f"paths.data_dir={data_dir}", f"output={out}", "num_processes=2"]
+    rng = random.Random(0)
+    reached = []
+    for kill in range(10):
+        before = len(list(out.glob("*.tar")))
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # Every other one at any time of the start, the rest while shards are written.
+        starting, until = kill % 2 == 1, time.monotonic() + rng.uniform(0.5, 5)
+        while time.monotonic() < until if starting else len(list(out.glob("*.tar"))) < before + 3:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1) * (not starting))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (out / "train.manifest.json").exists()
+        reached.append(len(list(out.glob("*.tar"))))
+    assert reached == sorted(reached)
+    assert 20 < reached[-1] < 300
+    time.sleep(0.5)
+    assert not processes_of(out)  # the workers have gone with the main process
+    final = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert final.returncode == 0, final.stdout + final.stderr
+    assert "of 300 shards are there already" in final.stdout
+    mine, theirs = files(out), files(whole)
+    assert len([name for name in mine if name.endswith(".tar")]) == 300
+    assert [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)] == []
+
+
+def test_an_error_in_one_process_ends_all_with_its_line(
+    run_script: Callable[..., subprocess.CompletedProcess[str]], data_dir: Path, tmp_path: Path
+) -> None:
+    (blocked := tmp_path / "out" / ".encode" / "train-000001.tar.safetensors").mkdir(parents=True)  # cannot be written
+    paths = [f"paths.data_dir={data_dir}", f"output={tmp_path}/out"]
+    result = run_script("encode.py", "data=digits", *paths, "shard_size=100", "num_processes=2")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {blocked}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_defect_or_a_death_in_one_process_ends_all(encode_here: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)in a process of its own:.*Traceback.*conv2d"):
+        encode_here("num_processes=2", "data.channels=3", "autoencoder.channels=1", output="defect")
+
+    def kill_one() -> None:
+        while not list((tmp_path / "killed").glob("*.tar")):
+            time.sleep(0.005)
+        (server,) = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
+        server.children()[0].kill()
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    with pytest.raises(UserError, match=r"num_processes: a process was ended from outside \(status -9\)"):
+        encode_here("num_processes=2", "shard_size=2", output="killed")
+    thread.join()
+    assert not processes_of(tmp_path / "killed")
+
+
+def test_a_latent_set_trains(train_here: Callable[..., tuple[dict[str, float], dict[str, Any]]], whole: Path) -> None:
+    sizes = ["data.channels=4", "data.image_size=[4,4]", "data.num_classes=10", "data.num_workers=0"]
+    metrics, objects = train_here("data=imagenet_latents", f"data.folder={whole}", *sizes)
+    assert objects["trainer"].global_step == 6
+    assert 0.1 < metrics["val/loss"] < 10
+    assert objects["datamodule"].format.statistics is not None
