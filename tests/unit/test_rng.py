@@ -2,7 +2,7 @@
 
 import torch
 
-from mvsplit.utils.rng import Stream, mix, normal, permutation, uniform
+from mvsplit.utils.rng import Stream, mix, normal, permutation, uniform, uniform_at
 
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -16,6 +16,13 @@ def test_mix_is_splitmix64() -> None:
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     states = torch.tensor([signed((1234567 + i * GOLDEN) % 2**64) for i in range(4)])
     assert mix(states).tolist() == [signed(x) for x in published]
+
+
+def test_one_number_is_that_of_the_tensor() -> None:
+    for seed in (0, 7, 2**63 - 1):
+        for index in (0, 1, 12345, 2**40, 2**62):
+            expected = uniform(seed, Stream.AUGMENT, torch.tensor([index])).item()
+            assert uniform_at(seed, Stream.AUGMENT, index) == expected
 
 
 def test_uniform_and_normal_have_their_moments() -> None:

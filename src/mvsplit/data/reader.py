@@ -20,6 +20,7 @@ from mvsplit.data.storage import Storage, is_remote
 from mvsplit.utils.rng import Stream, bits
 
 Sample = dict[str, Any]
+DTYPES = {int: torch.int64, float: torch.float64}
 MAX_OPEN = 64
 """Files that a reader keeps open."""
 MAX_SUBSTITUTES = 16
@@ -29,7 +30,13 @@ MAX_SUBSTITUTES = 16
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """A batch: stacked tensors, captions as a list, and the samples' findings in one list."""
     findings = [finding for sample in samples for finding in sample.pop("findings")]
-    return default_collate(samples) | {"findings": findings}
+    dtypes = {name: DTYPES[type(value)] for name, value in samples[0].items() if type(value) in DTYPES}
+    rest = [{name: value for name, value in sample.items() if name not in dtypes} for sample in samples]
+    # The numbers share one storage: a reading process hands over each storage by a file descriptor of its own.
+    columns = [torch.tensor([s[name] for s in samples], dtype=dtype) for name, dtype in dtypes.items()]
+    rows = torch.stack([column.view(torch.int64) for column in columns])
+    numbers = {name: row.view(dtype) for row, (name, dtype) in zip(rows, dtypes.items(), strict=True)}
+    return default_collate(rest) | numbers | {"findings": findings}
 
 
 class ShardReader(Dataset[Sample]):

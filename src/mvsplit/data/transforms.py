@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mvsplit.utils.rng import Stream, uniform
+from mvsplit.utils.rng import Stream, uniform_at
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class CentreCrop:
 
     def __call__(self, image: Image.Image, position: int) -> Tensor:
         """A grey or RGB picture of any size → (C, height, width) uint8."""
-        pixels = torch.from_numpy(np.array(self.crop(image))).reshape(*self.image_size, -1).permute(2, 0, 1)
-        if self.flip and uniform(self.seed, Stream.AUGMENT, torch.tensor([position])).item() < 0.5:
+        pixels = torch.from_numpy(np.stack([np.asarray(plane) for plane in self.crop(image).split()]))
+        if self.flip and uniform_at(self.seed, Stream.AUGMENT, position) < 0.5:
             pixels = pixels.flip(-1)
-        return pixels.contiguous()
+        return pixels
 
     def crop(self, image: Image.Image) -> Image.Image:
         height, width = self.image_size
