@@ -1,0 +1,55 @@
+"""Measure: `python src/bench.py data [key=value …]`. Every config key is explained in `configs/bench_<name>.yaml`."""
+
+import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
+
+# isort: split
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from omegaconf import DictConfig
+
+import train
+from mvsplit.benchmarks import data
+from mvsplit.utils import entry
+from mvsplit.utils.config import check_config, to_plain
+from mvsplit.utils.errors import UserError
+
+BENCHMARKS = ("data",)
+
+
+def train_here(overrides: list[str], folder: Path) -> dict[str, float]:
+    """The final metrics of a small real training run with this output folder."""
+    cfg = compose("train.yaml", overrides)
+    cfg.paths.output_dir = str(folder)
+    return train.train(cfg)[0]
+
+
+def bench_data(cfg: DictConfig) -> dict[str, Any]:
+    """Measure reading; the figures are shown, kept as `bench_data.json` in the run folder, and returned."""
+    config = to_plain(cfg)
+    check_config(config, data.Config)
+    return data.measure(config, Path(config["paths"]["output_dir"]), train_here)
+
+
+def split_command(argv: list[str]) -> tuple[str, list[str]]:
+    """The benchmark that a command names, and the rest of the command.
+
+    Raises:
+        UserError: if it names none, or none of ours.
+    """
+    name = next((arg for arg in argv[1:] if "=" not in arg and not arg.startswith("-")), None)
+    if name not in BENCHMARKS:
+        given = f"'{name}' is none" if name else "none is named"
+        raise UserError(f"benchmark: {given}; allowed are {', '.join(BENCHMARKS)}, as in `python src/bench.py data`")
+    rest = list(argv)
+    rest.remove(name)
+    return name, rest
+
+
+if __name__ == "__main__":
+    with entry.told():
+        benchmark, sys.argv = split_command(sys.argv)
+    entry.run({"data": bench_data}[benchmark], f"bench_{benchmark}.yaml")

@@ -1,0 +1,97 @@
+"""The benchmark runs at a tiny size and yields every figure; what can be asserted about speed without flakiness is."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SRC, compose_config
+
+import bench
+from mvsplit.benchmarks import data, made
+from mvsplit.data.order import StreamOrder
+from mvsplit.utils.config import check_config, to_plain
+from mvsplit.utils.errors import UserError
+
+TINY = [
+    "rounds=1", "seconds=0.01", "workers=[0,1]", "images.samples=12", "images.shard_size=6", "images.batch_size=4",
+    "images.picture_size=[48,64]", "images.image_size=[32,32]", "latents.samples=64", "latents.shard_size=16",
+    "latents.shape=[4,8,8]", "latents.batch_size=8", "resume.shards=6", "resume.shard_size=8", "resume.batch_size=4",
+    "permutation=1000", "latents.flip=false", "training.steps=4", "training.batch_size=4",
+    'training.overrides=["model=tiny"]',
+]  # fmt: skip
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def numbers(tree: Any) -> Iterator[float]:
+    for value in tree.values() if isinstance(tree, dict) else [tree]:
+        yield from numbers(value) if isinstance(value, dict) else [value]
+
+
+def test_all_figures_are_there_and_nothing_is_left(run_script: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    done = run_script("bench.py", "data", *TINY)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("logs/bench_data/runs/*/bench_data.json")
+    result = json.loads(file.read_text())
+    assert set(result) == {
+        "machine", "samples_per_s", "ratio", "first_batch_s", "resume_ratio", "permutation_s", "data_wait_share"
+    }  # fmt: skip
+    readers = {"latents": {"ours", "webdataset"}, "images": {"ours", "webdataset", "image_folder"}}
+    for name, expected in readers.items():
+        speeds, ratios = result["samples_per_s"][name], result["ratio"][name]
+        assert set(speeds["0"]) == expected | {"tar"}
+        assert set(speeds["1"]) == expected
+        assert {workers: set(ratios[workers]) for workers in ratios} == {
+            workers: set(speeds[workers]) - {"ours"} for workers in ("0", "1")
+        }
+    assert set(result["first_batch_s"]) == {"indexing", "fresh", "resumed_10", "resumed_90"}
+    del result["machine"]
+    assert all(math.isfinite(value) and value > 0 for value in numbers(result))
+    assert result["data_wait_share"] < 1
+    assert not list((tmp_path / "tmp").glob("mvsplit_bench_*"))
+    for part in ("ImageFolder", "tar alone", "resumed at 90 %", "share of a step"):
+        assert part in done.stdout
+
+
+def test_an_unknown_benchmark_is_told_in_one_line() -> None:
+    command = [sys.executable, str(SRC / "bench.py"), "memry"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    allowed = "allowed are data, as in `python src/bench.py data`"
+    assert (done.returncode, done.stderr) == (2, f"error: benchmark: 'memry' is none; {allowed}\n")
+    with pytest.raises(UserError, match="none is named"):
+        bench.split_command(["bench.py", "rounds=1"])
+    assert bench.split_command(["bench.py", "-m", "data", "rounds=1"]) == ("data", ["bench.py", "-m", "rounds=1"])
+
+
+def test_its_config_is_checked() -> None:
+    check_config(to_plain(compose_config("paths.output_dir=/nowhere", name="bench_data.yaml")), data.Config)
+    for wrong in ("rounds=0", "workers=[]", "latents.shape=[4,8]", "images.samples=no"):
+        config = to_plain(compose_config("paths.output_dir=/nowhere", wrong, name="bench_data.yaml"))
+        with pytest.raises(UserError, match=wrong.partition("=")[0].replace(".", r"\.")):
+            check_config(config, data.Config)
+
+
+def test_made_data_are_kept_and_used_again(tmp_path: Path) -> None:
+    folder = made.write_set(tmp_path / "set", made.jpegs(5, [30, 40], seed=0), 5, shard_size=2)
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(first) == [f"train-{i:06d}.tar" for i in range(3)]
+    again = made.write_set(tmp_path / "again", made.jpegs(5, [30, 40], seed=0), 5, shard_size=2)
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == first  # by the seed
+    assert made.write_set(folder, iter(()), 5, shard_size=2) == folder
+
+
+def test_an_epoch_of_imagenet_is_ordered_in_a_fifth_of_a_second() -> None:
+    assert data.best_of_5(lambda: StreamOrder(1_281_167, 0).epoch(0)) < 0.2
+
+
+def test_latents_are_read_faster_than_by_plain_webdataset(tmp_path: Path) -> None:
+    changes = ["latents.samples=1000", "latents.shard_size=250", "rounds=3", "seconds=0.2", "workers=[0]"]
+    config = to_plain(compose_config("paths.output_dir=/nowhere", *changes, name="bench_data.yaml"))
+    ratios = data.race("latents", data.latent_set(tmp_path, config), 0, config)[1]
+    assert ratios["webdataset"]["max"] >= 1.5  # 4 on an idle machine
