@@ -8,7 +8,9 @@ import torch
 import yaml
 from conftest import compose_config
 
+import bench
 import encode
+from mvsplit.benchmarks import data
 from mvsplit.training import run
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.entry import plain_overrides
@@ -26,6 +28,12 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_has_a_valid_config(command: list[str]) -> None:
     script, overrides = command[1].removeprefix("src/"), [o for o in command[2:] if o != "-m"]
+    if script == "bench.py":
+        assert bench.split_command(command[1:])[0] == "data"
+        check_config(
+            to_plain(compose_config("paths.output_dir=/x", *overrides[1:], name="bench_data.yaml")), data.Config
+        )
+        return
     overrides = [o.split(",")[0] if o.startswith("residual=") else o for o in overrides]  # the first of a sweep
     name = script.replace(".py", ".yaml")
     config = to_plain(compose_config("paths.output_dir=/nowhere", *plain_overrides(overrides), name=name))
@@ -37,7 +45,8 @@ def test_every_command_has_a_valid_config(command: list[str]) -> None:
 
 
 def test_all_kinds_of_commands_are_found() -> None:
-    assert {command[1] for command in COMMANDS} == {"src/train.py", "src/sample.py", "src/eval.py", "src/encode.py"}
+    scripts = {f"src/{name}.py" for name in ("train", "sample", "eval", "encode", "bench")}
+    assert {command[1] for command in COMMANDS} == scripts
     assert len(COMMANDS) > 8
 
 
