@@ -132,9 +132,8 @@ class ShardDataModule(L.LightningDataModule):
             UserError: if other things are in the way.
         """
         folder = Path(self.folder)
-        taken = folder.is_dir() and any(folder.iterdir())
-        if self.prepare is not None and not list(folder.glob(self.patterns["train"])):
-            if taken:
+        if self.prepare is not None and not self._there():
+            if folder.is_dir() and any(folder.iterdir()):
                 raise UserError(f"data.folder = {folder}: holds other things than data.train; name a new folder")
             # The folder appears when it is whole; of two processes that start at once, one is the first.
             partial = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -143,6 +142,14 @@ class ShardDataModule(L.LightningDataModule):
                 partial.rename(folder)
             except OSError:
                 shutil.rmtree(partial)
+
+    def _there(self) -> bool:
+        """Whether some of the training set is in the folder."""
+        pattern = self.patterns["train"]
+        try:
+            return pattern.startswith("pipe:") or any(map(os.path.exists, self.storage.expand(self.folder, pattern)))
+        except UserError:
+            return False
 
     def _indexed(self) -> list[str]:
         return ["val"] if self.streams else ["train", "val"]

@@ -28,7 +28,7 @@ from mvsplit.data.faults import DataFault, FaultPolicy, Finding
 from mvsplit.data.formats import Format, Manifest
 from mvsplit.data.scan import Columns, Shard, scan_folder, scan_tar, split_name
 from mvsplit.data.storage import CONNECTIONS, Storage, is_remote
-from mvsplit.utils.console import say, track
+from mvsplit.utils.console import progress, say
 from mvsplit.utils.errors import UserError
 
 VERSION = 1
@@ -177,19 +177,21 @@ def _updated(
     pool = ThreadPoolExecutor(CONNECTIONS if is_remote(folder) else 1)
     scanned = pool.map(scan, stale)
     try:
-        for name in track(stale, f"indexing {folder}"):
-            new, old = next(scanned), known.get(name)
-            if new[0].findings and policy.action == "fatal":
-                policy.judge(new[0].findings, 1, 1)
-            if new[0].findings and old is not None and old[0].samples > new[0].samples:
-                # Damaged since: its samples keep their numbers, and reading them tells what is gone.
-                gone = old[0].samples - new[0].samples
-                say(f"data: {new[0].findings[0].message}; of the indexed samples {gone} are gone")
-                new = old
-            done[name] = new
-            if time.monotonic() - saved > SAVE_EVERY_S:
-                save()
-                saved = time.monotonic()
+        with progress(f"indexing {folder}, shards", len(names), len(names) - len(stale)) as advance:
+            for name in stale:
+                new, old = next(scanned), known.get(name)
+                if new[0].findings and policy.action == "fatal":
+                    policy.judge(new[0].findings, 1, 1)
+                if new[0].findings and old is not None and old[0].samples > new[0].samples:
+                    # Damaged since: its samples keep their numbers, and reading them tells what is gone.
+                    gone = old[0].samples - new[0].samples
+                    say(f"data: {new[0].findings[0].message}; of the indexed samples {gone} are gone")
+                    new = old
+                done[name] = new
+                advance(1)
+                if time.monotonic() - saved > SAVE_EVERY_S:
+                    save()
+                    saved = time.monotonic()
     finally:
         pool.shutdown(cancel_futures=True)
         if stale:
