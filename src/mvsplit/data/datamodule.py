@@ -28,7 +28,7 @@ from mvsplit.utils.rng import Seed
 
 Batch = dict[str, Any]
 REMOTE_WINDOW = 16
-"""Shards mixed at a time where they must be fetched and nothing else was asked for."""
+"""Shards mixed at a time where the cache does not hold all of them and nothing else was asked for."""
 
 
 class StreamLoader(DataLoader):
@@ -58,7 +58,7 @@ class ShardDataModule(L.LightningDataModule):
         layout: `shards` or `folders` (<folder>/<train>/<class>/<picture>).
         reader: `index` reads any sample directly; `webdataset` streams sets too large to index, with fewer guarantees.
         seed: of the order of samples. num_workers: reading processes per rank.
-        window: shards mixed at a time; 0 mixes all samples; null is 0 for local shards and 16 for remote ones.
+        window: shards mixed at a time; 0 mixes all samples; null is 0, or 16 for remote sets larger than the cache.
         prepare: called with the folder if it holds no training shards, to put some there.
         overfit_samples: train and validate on only the first so many training samples; 0 takes all.
         samples_per_shard, shuffle_buffer, allow_pipe: of `reader=webdataset` (`data/pipeline.py`).
@@ -97,7 +97,7 @@ class ShardDataModule(L.LightningDataModule):
         self.image_size, self.channels, self.num_classes = list(image_size), channels, num_classes
         self.batch_size, self.seed = batch_size, seed
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.window = window if window is not None else REMOTE_WINDOW * is_remote(folder)
+        self.window = window
         self.overfit_samples = overfit_samples
         self.streams, self.samples_per_shard = reader == "webdataset", samples_per_shard
         self.shuffle_buffer = shuffle_buffer
@@ -163,12 +163,18 @@ class ShardDataModule(L.LightningDataModule):
             self.indices = {"train": few, "val": few}
         manifest = read_manifest(self.storage, self.folder, self.patterns["train"])
         self.format.bind(self.indices["val" if self.streams else "train"].parts, manifest)
-        if self.window and not self.streams and is_remote(self.folder):
-            needed = (self.window + 1) * max(shard.size for shard in self.indices["train"].shards)
+        if self.streams or not is_remote(self.folder):
+            self.window = self.window or 0
+            return
+        sizes = [shard.size for shard in self.indices["train"].shards]
+        if self.window is None:
+            self.window = REMOTE_WINDOW * (sum(sizes) > self.storage.limit)
+        if self.window:
+            needed = 2 * self.window * max(sizes)  # the present window's and the next one's
             if needed > self.storage.limit:
                 raise UserError(
                     f"data.storage.cache_gib = {self.storage.limit / 2**30:.3g}: data.window = {self.window} shards and"
-                    f" the next need at least {needed / 2**30:.2g}"
+                    f" the next as many need at least {needed / 2**30:.2g}"
                 )
 
     def load(self, name: str) -> ShardIndex:
@@ -210,7 +216,7 @@ class ShardDataModule(L.LightningDataModule):
         if self.streams:
             return self._streamed(trainer, micro_batch)
         index = self.indices["train"]
-        order = StreamOrder(len(index), self.seed, shard_of=index.shard_of, window=self.window)
+        order = StreamOrder(len(index), self.seed, shard_of=index.shard_of, window=self.window or 0)
         return self._loader(self.reader("train", train=True), order, micro_batch, trainer.max_steps, self._first_step)
 
     def _first_step(self) -> int:
@@ -269,15 +275,17 @@ class ShardDataModule(L.LightningDataModule):
             return lambda place: None
         index = self.indices["train"]
         self._prefetcher = prefetcher = Prefetcher(self.storage, index)
-        stride = max(self.batch_size, len(index) // len(index.shards) // 2)  # half a shard
+        per_shard = len(index) // len(index.shards)
+        stride, reach = max(self.batch_size, per_shard // 2), (self.window or 0) * per_shard
         asked = -1
 
         def ahead(place: int) -> None:
             nonlocal asked
-            if place // stride != asked:
-                asked = place // stride
-                reach = (self.window or len(index.shards)) * len(index) // len(index.shards)
-                prefetcher.ask(order.shards_ahead(place, min(reach + stride, len(index)))[: self.window + 1 or None])
+            if not reach and asked < 0:  # the cache holds the set: once for all
+                prefetcher.ask(order.shards_ahead(place, len(index)))
+            elif reach and place // stride != asked:
+                prefetcher.ask(order.shards_ahead(place, min(reach + stride, len(index))))
+            asked = place // stride
 
         return ahead
 
