@@ -163,8 +163,14 @@ def test_patterns_name_shards(tmp_path: Path) -> None:
     names = [Path(p).name for p in store.expand(str(tmp_path), "train-{000000..000002}.tar")]
     assert names == [Path(p).name for p in store.expand(str(tmp_path), "train-*.tar")]
     assert store.expand("https://host/x", "t-{00..02}.tar")[2] == "https://host/x/t-02.tar"
-    assert set_name("imagenet1k-train-{0000..1023}.tar") == "imagenet"
-    assert set_name("train-*.tar") == set_name("train-{000..146}.tar") == "train"
+    assert set_name("imagenet1k-train-{0000..1023}.tar") == "imagenet1k-train"
+    assert (
+        set_name("train-*.tar")
+        == set_name("train-{000..146}.tar")
+        == set_name("train-000000.tar")
+        == set_name("train")
+        == "train"
+    )
     for folder, pattern, message in [
         (str(tmp_path / "nowhere"), "*.tar", "there is no such folder"),
         (str(tmp_path), "test-*.tar", r"no shards match 'test-\*\.tar'"),

@@ -250,7 +250,9 @@ def test_the_window_must_fit_into_the_cache(server: FaultyServer, tmp_path: Path
     module.setup()
     assert module.window == 16
     small = storage(tmp_path, cache_gib=1e-4)
-    with pytest.raises(UserError, match=r"data\.storage\.cache_gib = 0\.0001: data\.window = 16 shards and the next as many"):
+    with pytest.raises(
+        UserError, match=r"data\.storage\.cache_gib = 0\.0001: data\.window = 16 shards and the next as many"
+    ):
         datamodule(server.address, tmp_path, train=PATTERN, val=PATTERN, window=16, storage=small).setup()
 
 

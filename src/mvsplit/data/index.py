@@ -260,7 +260,7 @@ def _pictures(root: Path, form: Format) -> dict[str, tuple[str, ...]]:
 
 def set_name(pattern: str) -> str:
     """What the files beside a set's shards are called after: `train` for `train-*.tar` and `train-{000..146}.tar`."""
-    return re.split(r"[*?\[{\d]|\.tar", pattern.rpartition("/")[2])[0].strip("-_.") or "set"
+    return re.sub(r"[-_.]?(\{.*\}|[*?\d]+)?(\.tar)?$", "", pattern.rpartition("/")[2]) or "set"
 
 
 def own_index(pattern: str) -> str:
