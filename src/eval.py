@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
 from mvsplit.data.datamodule import ShardDataModule
+from mvsplit.data.formats import Images
 from mvsplit.evaluation.pictures import draw
 from mvsplit.evaluation.recognition import MAX_SAMPLES, Recogniser
 from mvsplit.training.checkpoints import SavedRun
@@ -48,11 +49,10 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     datamodule: ShardDataModule = build(saved.config["data"])
     metrics = validation_loss(saved, datamodule)
 
-    train, val = datamodule.reader("train"), datamodule.reader("val")
-    if config["num_samples"] and len(train) > MAX_SAMPLES:
-        say(f"{len(train)} training pictures are too many for the classifier ({MAX_SAMPLES}): no recognition measured")
+    if config["num_samples"] and (why_not := not_recognisable(datamodule)):
+        say(f"no recognition measured: {why_not}")
     elif config["num_samples"]:
-        recogniser = Recogniser.fit(train, val)
+        recogniser = Recogniser.fit(datamodule.reader("train"), datamodule.reader("val"))
         classes = [i % datamodule.num_classes for i in range(config["num_samples"])]
         pictures = draw(saved, build(config["sampler"]), classes, config["seed"], config["batch_size"])
         metrics["eval/recognised"] = recogniser.share(pictures, classes)
@@ -64,6 +64,14 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     rows = {name: str(value) for name, value in about.items()} | {k: f"{v:.4f}" for k, v in metrics.items()}
     show_table("evaluation", rows | {"written to": str(file)})
     return metrics
+
+
+def not_recognisable(datamodule: ShardDataModule) -> str | None:
+    """Why no classifier can be trained on this set at once; None if one can."""
+    if not isinstance(datamodule.format, Images) or datamodule.streams:
+        return "the classifier needs indexed pictures"
+    count = len(datamodule.indices["train"])
+    return f"{count} training pictures are too many for the classifier ({MAX_SAMPLES})" if count > MAX_SAMPLES else None
 
 
 def validation_loss(saved: SavedRun, datamodule: ShardDataModule) -> dict[str, float]:

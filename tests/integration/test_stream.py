@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_tools import grey, latent_shards, reader, shards, storage
+from data_tools import grey, latent_shards, picture, reader, shards, storage, tar_of
 from servers import serve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -370,6 +370,27 @@ def test_sets_too_large_to_index_stream_through_webdataset(
     with pytest.raises(ValueError, match="pipe: runs a shell"):
         train_here("data.train=pipe:true", run="pipe")
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("action", ["fatal", "substitute"])
+@pytest.mark.parametrize("what", ["undecodable", "empty tars", "no tars", "a class too high"])
+def test_a_stream_of_nothing_but_damage_ends(train_here: Train, tmp_path: Path, action: str, what: str) -> None:
+    """It neither hangs nor raises where only one rank would see it."""
+    folder = tmp_path / "set"
+    shards(folder, 20, 10)
+    shards(folder, 20, 10, "val")
+    for number in range(2):
+        path = folder / f"train-00000{number}.tar"
+        if what == "undecodable":
+            tar_of(path, {f"{i}.{s}": c for i in range(20) for s, c in (("png", b"no picture"), ("cls", b"1"))})
+        elif what == "a class too high":
+            tar_of(path, {f"{i}.{s}": c for i in range(20) for s, c in (("png", picture(i)), ("cls", b"99"))})
+        else:
+            path.write_bytes(bytes(10240) if what == "empty tars" else b"hello" * 1000)
+    options = [f"data.folder={folder}", "data.prepare=null", "data.reader=webdataset", "data.shuffle_buffer=5",
+               f"data.faults.action={action}"]  # fmt: skip
+    with pytest.raises(UserError, match=r"train-00000\d\.tar"):
+        train_here(*options)
 
 
 def test_a_pipe_that_was_allowed_is_read(train_here: Train, data_dir: Path) -> None:

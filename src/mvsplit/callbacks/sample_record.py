@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from mvsplit.utils.errors import UserError
+
 
 class SampleRecord(Callback):
     """Appends a line per micro-batch to `samples_rank_<r>.txt`: the step, and place=key of each sample.
@@ -15,6 +17,10 @@ class SampleRecord(Callback):
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.datamodule.streams:
+            raise UserError("callbacks.record: samples have numbers only with data.reader=index")
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         data: Any = trainer.datamodule

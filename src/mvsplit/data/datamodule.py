@@ -217,9 +217,9 @@ class ShardDataModule(L.LightningDataModule):
             return self._streamed(trainer, micro_batch)
         index = self.indices["train"]
         order = StreamOrder(len(index), self.seed, shard_of=index.shard_of, window=self.window or 0)
-        return self._loader(self.reader("train", train=True), order, micro_batch, trainer.max_steps, self._first_step)
+        return self._loader(self.reader("train", train=True), order, micro_batch, trainer.max_steps, self.first_step)
 
-    def _first_step(self) -> int:
+    def first_step(self) -> int:
         """Optimiser steps already done, when the loader starts.
 
         Raises:
@@ -302,9 +302,10 @@ class ShardDataModule(L.LightningDataModule):
             self.seed,
             trainer.global_rank,
             trainer.world_size,
+            self.num_classes,
             self.samples_per_shard,
             self.shuffle_buffer,
-            lambda: self._first_step() * self.batch_size,
+            lambda: trainer.global_step * self.batch_size,
         )
         return StreamedBatches(DataLoader(stream, batch_size=micro_batch, **self._loading()), self, trainer)
 
@@ -376,7 +377,7 @@ class StreamedBatches:
     def __iter__(self) -> Iterator[Batch]:
         trainer, batches = self.trainer, iter(self.loader)
         world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
-        for step in range(trainer.global_step, trainer.max_steps):
+        for step in range(self.data.first_step(), trainer.max_steps):
             for micro in range(accumulate):
                 batch = next(batches)
                 size = len(batch["label"])

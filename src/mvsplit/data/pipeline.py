@@ -16,10 +16,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from mvsplit.data.faults import DataFault, FaultPolicy, Finding
 from mvsplit.data.formats import Format
 from mvsplit.data.order import StreamOrder
-from mvsplit.data.reader import Sample
-from mvsplit.data.scan import split_name
+from mvsplit.data.reader import MAX_SUBSTITUTES, Sample
+from mvsplit.data.scan import parse_json, parse_label, split_name
 from mvsplit.data.storage import Storage
-from mvsplit.utils.errors import UserError
 
 COSTS = (
     "data.reader=webdataset: the order of samples depends on the number of ranks and workers; a resume begins at a"
@@ -48,6 +47,7 @@ class WebDatasetStream(IterableDataset[Sample]):
         seed: int,
         rank: int,
         world_size: int,
+        num_classes: int,
         samples_per_shard: int,
         buffer: int,
         first_sample: Callable[[], int],
@@ -56,7 +56,8 @@ class WebDatasetStream(IterableDataset[Sample]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.samples_per_shard, self.buffer, self.first_sample = samples_per_shard, buffer, first_sample
         self._findings: list[Finding] = []
-        self._bad_shards = 0
+        self.num_classes = num_classes
+        self._barren = 0  # shards since the last sample
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -64,15 +65,34 @@ class WebDatasetStream(IterableDataset[Sample]):
         reader, readers = self.rank * workers + number, self.world_size * workers
         done = self.first_sample() // (self.samples_per_shard * readers)  # whole shards, by each reader
         shards = self._shards(reader + done * readers, readers)
-        samples = group_by_keys(tar_file_expander(self._opened(shards), handler=self._note), handler=self._note)
-        shuffle = wds.filters.shuffle(
-            self.buffer, initial=self.buffer, rng=random.Random(f"{self.seed} {done} {reader}")
-        )
-        for sample in shuffle(samples):
-            if (decoded := self._decoded(sample)) is not None:
-                self._bad_shards = 0
-                findings, self._findings = self._findings, []
-                yield decoded | {"findings": findings}
+        members = tar_file_expander(self._opened(shards), handler=self._note)
+        samples = self._noticed(group_by_keys(members, handler=self._note))
+        chance = random.Random(f"{self.seed} {done} {reader}")
+        failed, place = 0, done * self.samples_per_shard * readers + reader
+        for sample in wds.filters.shuffle(self.buffer, initial=self.buffer, rng=chance)(samples):
+            try:
+                decoded = self._decoded(sample, place)
+                failed, place = 0, place + readers
+            except DataFault as fault:
+                failed += 1
+                last = self.policy.action == "fatal" or failed > MAX_SUBSTITUTES
+                self._findings.append(Finding(fault.kind, str(fault), hopeless=last))
+                if not last:
+                    continue
+                decoded = self._blank()
+            findings, self._findings = self._findings, []
+            yield decoded | {"findings": findings}
+        reason = self._findings[-1].message if self._findings else f"{self.locations[0]}: holds no samples"
+        hopeless = Finding("missing_shard", f"{reason}; none of the shards has samples", hopeless=True)
+        yield self._blank() | {"findings": [*self._findings[-1:], hopeless]}
+
+    def _blank(self) -> Sample:
+        return dict(self.form.blank()) | {"label": 0, "index": -1, "weight": 0.0, "caption": ""}
+
+    def _noticed(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            self._barren = 0
+            yield sample
 
     def _shards(self, first: int, step: int) -> Iterator[str]:
         order = StreamOrder(len(self.locations), self.seed)
@@ -82,13 +102,13 @@ class WebDatasetStream(IterableDataset[Sample]):
 
     def _opened(self, shards: Iterable[str]) -> Iterator[dict[str, Any]]:
         for location in shards:
+            self._barren += 1
+            if self._barren > len(self.locations) + 1:
+                return  # a whole epoch without a sample
             try:
                 yield {"url": location, "stream": self._open(location)}
             except Exception as error:
-                self._bad_shards += 1
                 self._note(error, location)
-                if self._bad_shards > len(self.locations):
-                    raise UserError(f"{location}: {error}; none of the shards can be read") from error
 
     def _open(self, location: str) -> IO[bytes]:
         if location.startswith("pipe:"):
@@ -105,18 +125,22 @@ class WebDatasetStream(IterableDataset[Sample]):
         self._findings.append(Finding(kind, f"{where}: {' '.join(str(error).split())[:160]}"))
         return True
 
-    def _decoded(self, sample: dict[str, Any]) -> Sample | None:
+    def _decoded(self, sample: dict[str, Any], place: int) -> Sample:
         where = f"{sample['__url__']}: sample '{split_name(sample['__key__'])[0]}'"
-        part_of = {suffix: part for part, suffixes in self.form.members.items() for suffix in suffixes}
-        data = next((sample[suffix] for suffix in sample if part_of.get(suffix) == "data"), None)
-        label = sample.get("cls", b"").strip()
-        if data is None or not label.isdigit() or len(label) > 9:
-            kind, what = ("missing_member", "its data") if data is None else ("missing_label", "a class label")
-            self._findings.append(Finding(kind, f"{where} lacks {what}"))  # type: ignore[arg-type]
-            return None
+        suffixes = self.form.members[self.form.choose([place], train=True)[0]]
+        data = next((sample[suffix] for suffix in suffixes if suffix in sample), None)
+        if data is None:
+            raise DataFault("missing_member", f"{where} lacks its {' or '.join(suffixes)}")
         try:
-            tensors = self.form.decode(data, 0, train=False)  # without flips, which go by the place in the stream
+            about = parse_json(sample.get("json"))
+            label = parse_label(sample.get("cls"), about)
+            if label >= self.num_classes:
+                raise DataFault("bad_member", f"has class {label}; data.num_classes = {self.num_classes}")
+        except DataFault as fault:
+            raise DataFault(fault.kind, f"{where} {fault}") from None
+        try:
+            tensors = self.form.decode(data, place, train=True)
         except Exception as error:
-            self._findings.append(Finding("undecodable", f"{where} does not decode ({error})"))
-            return None
-        return dict(tensors) | {"label": int(label), "index": -1, "weight": 1.0}
+            raise DataFault("undecodable", f"{where} does not decode ({' '.join(str(error).split())[:120]})") from None
+        caption = sample["txt"].decode(errors="replace") if "txt" in sample else str(about.get("caption", ""))
+        return dict(tensors) | {"label": label, "index": -1, "weight": 1.0, "caption": caption}

@@ -224,8 +224,8 @@ class _Samples:
             self.found.add("missing_member", f"sample '{self.key}' has no image or latent ({names})")
             return
         try:
-            about = self._json(members)
-            label = self._label(members, about)
+            about = parse_json(self._read(members.get("json")))
+            label = parse_label(self._read(members.get("cls")), about)
         except DataFault as fault:
             self.found.add(fault.kind, f"sample '{self.key}' {fault}")
             return
@@ -235,26 +235,38 @@ class _Samples:
             parts["json"] = members["json"]
         yield self.key, parts, label
 
-    def _json(self, members: dict[str, Place]) -> dict[str, Any]:
-        if "json" not in members:
-            return {}
-        offset, size = members["json"]
-        try:
-            about = json.loads(_bytes(self.file, (offset, min(size, MAX_HEADER))))
-        except (ValueError, RecursionError):
-            raise DataFault("bad_member", "has a .json that is none") from None
-        return about if isinstance(about, dict) else {}
+    def _read(self, place: Place | None) -> bytes | None:
+        return None if place is None else _bytes(self.file, (place[0], min(place[1], MAX_HEADER)))
 
-    def _label(self, members: dict[str, Place], about: dict[str, Any]) -> int:
-        if "cls" in members:
-            text = _bytes(self.file, members["cls"])[:100].strip()
-            if not text.isdigit() or len(text) > 9:
-                raise DataFault("bad_member", f"has the class label {text[:20]!r}, not a number")
-            return int(text)
-        label = about.get("label")
-        if isinstance(label, int) and 0 <= label < 10**9:
-            return label
-        raise DataFault("missing_label", f"has no class label ({self.key}.cls, or `label` in {self.key}.json)")
+
+def parse_json(data: bytes | None) -> dict[str, Any]:
+    """A sample's json; empty if it has none.
+
+    Raises:
+        DataFault: saying what is wrong, for a line that begins with the sample.
+    """
+    try:
+        about = json.loads(data) if data is not None else {}
+    except (ValueError, RecursionError):
+        raise DataFault("bad_member", "has a .json that is none") from None
+    return about if isinstance(about, dict) else {}
+
+
+def parse_label(cls: bytes | None, about: dict[str, Any]) -> int:
+    """The class of a sample: its `cls`, else `label` in its json.
+
+    Raises:
+        DataFault: like `parse_json`.
+    """
+    if cls is not None:
+        text = cls.strip()
+        if not text.isdigit() or len(text) > 9:
+            raise DataFault("bad_member", f"has the class label {text[:20]!r}, not a number")
+        return int(text)
+    label = about.get("label")
+    if isinstance(label, int) and 0 <= label < 10**9:
+        return label
+    raise DataFault("missing_label", "has no class label (.cls, or `label` in .json)")
 
 
 def split_name(name: str) -> tuple[str, str]:
