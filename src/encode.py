@@ -49,7 +49,9 @@ def encode(cfg: DictConfig) -> Path:
     for split, manifest in manifests.items():
         left_out = "".join(f", {n} left out: {kind}" for kind, n in manifest["left_out"].items())
         shape = " × ".join(map(str, manifest["shape"]))
-        rows[split] = f"{manifest['samples']} samples of {shape} in {len(manifest['shards'])} shards{left_out}"
+        size = sum(shard["size"] for shard in manifest["shards"]) / 2**30
+        shards = f"{len(manifest['shards'])} shards, {size:.3g} GiB"
+        rows[split] = f"{manifest['samples']} samples of {shape} in {shards}{left_out}"
     show_table(f"{settings.kind} written", rows)
     return Path(settings.output)
 

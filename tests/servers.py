@@ -5,7 +5,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,6 +14,7 @@ class FaultyServer:
     """Serves `folder`. `faults[name]` is a list of what the next requests for a file meet, one each:
 
     `503` or another status, `stall` (half the body, then silence), `cut` (half the body, then the line is closed),
+    `cut without length` (and the client was not told how long it is), `drip` (a byte now and then),
     `redirect ADDRESS`, `loop` (a redirect to itself); `other NAME` sends another file's content. `always[name]` does
     the same for every request.
     """
@@ -52,9 +53,16 @@ class FaultyServer:
             return
         body = path.read_bytes()
         request.send_response(200)
-        request.send_header("Content-Length", str(len(body)))
+        if fault != "cut without length":
+            request.send_header("Content-Length", str(len(body)))
         request.end_headers()
-        if fault in ("stall", "cut"):
+        if fault == "drip":
+            with suppress(OSError):
+                for i in range(100):
+                    request.wfile.write(body[i : i + 1])
+                    time.sleep(0.05)
+            return
+        if fault in ("stall", "cut", "cut without length"):
             request.wfile.write(body[: len(body) // 2])
             request.wfile.flush()
             if fault == "stall":

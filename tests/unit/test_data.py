@@ -294,7 +294,7 @@ def test_latents_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     Latents([8, 8], 4).bind(found.parts, statistics)
     with pytest.raises(UserError, match="no manifest with channel statistics"):
         Latents([8, 8], 4).bind(found.parts, None)
-    with pytest.raises(UserError, match=r"data\.channels, data\.image_size = 4, \[16, 16\]: the set's latents are 4"):
+    with pytest.raises(UserError, match=r"image_size = 4, \[16, 16\]: the set's latents have the shape \[4, 8, 8\]"):
         Latents([16, 16], 4).bind(found.parts, statistics)
     with pytest.raises(UserError, match="encoded without mirrored ones"):
         Latents([8, 8], 4).bind({"data"}, statistics)

@@ -433,7 +433,7 @@ def test_an_index_from_elsewhere_cannot_lead_out_of_the_set(tmp_path: Path) -> N
         file.unlink()
     secret = tmp_path / "secret.png"
     secret.write_bytes(picture(99))
-    forged = [replace(honest.shards[0], files=("../secret.png",) * 10, mtime_ns=0)]
+    forged = [replace(honest.shards[0], files=("../secret.png",) * 10, stamp_ns=0)]
     write_index(tmp_path / "train.index.safetensors", ShardIndex(str(tmp_path), forged, honest.columns))
     found = index(tmp_path, pattern="train-*.tar")
     assert found.location(0) == str(tmp_path / "train-000000.tar")
@@ -467,3 +467,160 @@ def test_jpegs_go_through_collate_with_their_findings(tmp_path: Path) -> None:
     assert batch["image"].shape == (12, 3, 32, 32)
     assert [finding.kind for finding in batch["findings"]] == ["checksum"]
     assert grey().members["data"] == form.members["data"]
+
+
+# ------------------------------------------------- what looks whole and is not
+
+
+@pytest.mark.parametrize(("stretch", "kind"), [(1024, "bad_header"), (4096, "bad_header"), (0, "truncated")])
+def test_zeros_in_a_tar_are_not_taken_for_its_end(tmp_path: Path, stretch: int, kind: str) -> None:
+    path = shards(tmp_path, 40, 40)[0]
+    place = 10 * SECOND
+    overwrite(place, bytes(stretch or path.stat().st_size - place))(path)
+    found = index(tmp_path, SUBSTITUTE)
+    assert len(found) == 10
+    assert [finding.kind for finding in found.findings] == [kind]
+
+
+def test_a_second_tar_behind_the_first_is_told(tmp_path: Path) -> None:
+    one, two = shards(tmp_path, 20, 10)
+    one.write_bytes(one.read_bytes() + two.read_bytes())
+    with pytest.raises(UserError, match=r"train-000000\.tar: zeros at byte \d+, .*, with more data behind"):
+        index(tmp_path)
+
+
+def test_relabelled_shards_are_scanned_again(tmp_path: Path) -> None:
+    """Also if they have the size and the time of the old ones, or an index from before lies beside them."""
+    from mvsplit.data.index import read_index, write_index
+
+    path = shards(tmp_path, 10)[0]
+    before = index(tmp_path, pattern="train-*.tar")
+    stat = path.stat()
+    overwrite(512, b"7")(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert index(tmp_path, pattern="train-*.tar").columns["label"].tolist()[:3] == [7, 1, 2]
+    for file in (tmp_path / "cache" / "indices").iterdir():
+        file.unlink()
+    write_index(tmp_path / "train.index.safetensors", before)
+    assert read_index(tmp_path / "train.index.safetensors", str(tmp_path)) is not None
+    time.sleep(0.02)
+    overwrite(512, b"8")(path)
+    assert index(tmp_path, pattern="train-*.tar").columns["label"][0] == 8
+
+
+def test_classes_of_validation_are_those_of_training(tmp_path: Path) -> None:
+    for split, names in (("train", "abc"), ("val", "ac")):
+        for name in (*names, ".hidden"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "x.png").write_bytes(picture(1))
+    module = datamodule(tmp_path, tmp_path, layout="folders", train="train", val="val")
+    module.setup()
+    assert module.indices["train"].columns["label"].tolist() == [0, 1, 2]
+    assert module.indices["val"].columns["label"].tolist() == [0, 2]
+    (tmp_path / "val" / "d").mkdir()
+    with pytest.raises(UserError, match="val/d is a class that the training set does not have"):
+        datamodule(tmp_path, tmp_path, layout="folders", train="train", val="val").setup()
+
+
+def test_a_picture_exchanged_in_place_is_seen(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / "train" / "a" / "deep").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / "a" / "deep" / f"{i}.png").write_bytes(picture(i))
+
+    def values() -> list[int]:
+        module = datamodule(tmp_path, tmp_path, layout="folders", train="train", val="train")
+        module.setup()
+        reading = module.reader("train")
+        return [int(reading.read(0, i)["image"].float().mean()) for i in range(len(reading))]
+
+    assert values() == [0, 1, 2]
+    (tmp_path / "train" / "a" / "deep" / "1.png").write_bytes(picture(9))
+    (tmp_path / "train" / "a" / "deep" / "3.png").write_bytes(picture(3))
+    assert values() == [0, 9, 2, 3]
+
+
+def test_a_thin_picture_does_not_fill_the_memory() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 6000)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="would have to be scaled to 256 × 1536000"):
+        colour(256).decode(buffer.getvalue(), 0, train=True)
+
+
+def test_a_pipe_or_folder_in_a_shards_place_holds_nobody_up(tmp_path: Path) -> None:
+    paths = shards(tmp_path, 30)
+    source = reader(tmp_path, SUBSTITUTE)
+    for path, make in ((paths[0], os.mkfifo), (paths[1], os.mkdir)):
+        path.unlink()
+        make(path)
+        with pytest.raises(DataFault, match=path.name):
+            source.read(0, 10 * paths.index(path) + 3)
+    assert [f.kind for f in index(tmp_path, SUBSTITUTE, "train-{000000..000002}.tar").findings] == []  # numbers kept
+    assert index(tmp_path, SUBSTITUTE, "train-*.tar").shards[0].name == "train-000002.tar"
+
+
+def test_a_validation_set_of_nothing_but_damage_has_no_loss(tmp_path: Path) -> None:
+    path = shards(tmp_path, 10)[0]
+    module = datamodule(tmp_path, tmp_path, batch_size=5, faults=SUBSTITUTE)
+    module.setup()
+    path.unlink()
+    batches = iter(module.val_dataloader())
+    module.on_after_batch_transfer(next(batches), 0)
+    with pytest.raises(UserError, match="nor can any other sample of the validation set be read"):
+        module.on_after_batch_transfer(next(batches), 0)
+
+
+def test_an_order_in_windows_belongs_to_the_shards_it_was_made_of(tmp_path: Path) -> None:
+    prints = []
+    for name, size in (("a", 8), ("b", 12)):
+        shards(tmp_path / name, 48, size)
+        for window in (0, 2):
+            module = datamodule(tmp_path / name, tmp_path, window=window)
+            module.setup()
+            prints.append(module.fingerprint())
+    assert prints[0] == prints[2]
+    assert prints[1] != prints[3]
+
+
+def test_forged_indices_and_manifests_are_no_news(tmp_path: Path) -> None:
+    """An index is made anew; a manifest is refused in one line."""
+    import json
+    from dataclasses import replace
+
+    from mvsplit.data.index import ShardIndex, read_index, write_index
+
+    shards(tmp_path, 10)
+    honest = index(tmp_path, pattern="train-*.tar")
+    columns, shard = honest.columns, honest.shards[0]
+    forged = {
+        "no label": {k: v for k, v in columns.items() if k != "label"},
+        "no data": {"label": columns["label"]},
+        "two dimensions": columns | {"label": columns["label"].reshape(-1, 1)},
+        "no numbers": columns | {"label": np.full(10, np.nan)},
+        "negative": columns | {"label": columns["label"] - 5},
+        "before the file": columns | {"data.offset": columns["data.offset"] - 10**6},
+        "behind the file": columns | {"data.size": columns["data.size"] + 10**8},
+    }
+    place = tmp_path / "forged.index.safetensors"
+    for name, bad in forged.items():
+        write_index(place, ShardIndex(str(tmp_path), [shard], bad))
+        assert read_index(place, str(tmp_path)) is None, name
+    write_index(place, ShardIndex(str(tmp_path), [replace(shard, ignored={"a": "b"})], columns))  # type: ignore[dict-item]
+    assert read_index(place, str(tmp_path)) is None
+    form = Latents([8, 8], 4, flip=False)
+    good = {"shape": [4, 8, 8], "channel_mean": [0.0] * 4, "channel_std": [1.0] * 4}
+    form.bind({"data"}, good)
+    stds = [None, [1.0] * 3, ["a"] * 4, [0.0] * 4, [float("nan")] * 4, [[]] * 4]
+    for change in ({"shape": None}, {"channel_mean": [float("inf")] * 4}, *({"channel_std": std} for std in stds)):
+        with pytest.raises(UserError, match=r"the set's"):
+            form.bind({"data"}, json.loads(json.dumps(good | change)))
+
+
+def test_latents_of_other_types_or_not_finite_are_damage() -> None:
+    import safetensors.torch
+
+    form = Latents([2, 2], 1)
+    mean = torch.ones(1, 2, 2)
+    assert form.decode(safetensors.torch.save({"mean": mean, "std": mean}), 0, True)["mean"].dtype == torch.bfloat16
+    for bad in (mean / 0, mean.to(torch.float8_e4m3fn), mean.to(torch.complex64)):
+        with pytest.raises(ValueError, match="latent"):
+            form.decode(safetensors.torch.save({"mean": bad, "std": mean}), 0, True)

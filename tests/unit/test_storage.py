@@ -249,9 +249,9 @@ def test_the_window_must_fit_into_the_cache(server: FaultyServer, tmp_path: Path
     module = datamodule(server.address, tmp_path, train=PATTERN, val=PATTERN, window=16)
     module.setup()
     assert module.window == 16
-    small = storage(tmp_path, cache_gib=1e-4)
+    small = storage(tmp_path, cache_gib=2e-5)
     with pytest.raises(
-        UserError, match=r"data\.storage\.cache_gib = 0\.0001: data\.window = 16 shards and the next as many"
+        UserError, match=r"data\.storage\.cache_gib = 2e-05: data\.window = 16 shards and the next as many"
     ):
         datamodule(server.address, tmp_path, train=PATTERN, val=PATTERN, window=16, storage=small).setup()
 
@@ -314,3 +314,91 @@ def test_one_remote_stream_from_two_ranks_with_workers(server: FaultyServer, tmp
     seen = torch.cat([batch["index"] for batch in module.val_dataloader()]).tolist()
     assert seen == list(range(30))
     assert threading.active_count() < 50
+
+
+def test_a_server_that_only_drips_is_left(tmp_path: Path) -> None:
+    """A byte now and then keeps every single read within its time; the rate tells."""
+    shards(tmp_path / "there", 30)
+    with serve(tmp_path / "there") as faulty:
+        faulty.always[NAME] = "drip"
+        began = time.monotonic()
+        with pytest.raises(DataFault, match="slower than 10000 bytes a second"):
+            storage(tmp_path, timeout_s=0.3, retries=1).local(f"{faulty.address}/{NAME}")
+        assert time.monotonic() - began < 5
+
+
+def test_a_damaged_cache_heals(server: FaultyServer, tmp_path: Path) -> None:
+    source = remote_reader(server, storage(tmp_path), FaultPolicy())
+    path = source.storage.cached(f"{server.address}/{NAME}")
+    data = bytearray(path.read_bytes())
+    row = int(source.index.columns["data.offset"][13])
+    data[row + 45] ^= 1
+    path.write_bytes(data)
+    assert source.read(0, 13)["label"] == 13 % 3
+    assert server.requests[NAME] == 2
+
+
+def test_what_came_cut_without_a_length_is_fetched_again(server: FaultyServer, tmp_path: Path) -> None:
+    server.faults[NAME] = ["cut without length"]
+    source = remote_reader(server, storage(tmp_path), FaultPolicy())
+    assert len(source) == 30
+    assert server.requests[NAME] == 2
+
+
+def test_a_killed_prefetcher_is_no_harm(server: FaultyServer, tmp_path: Path) -> None:
+    store = storage(tmp_path)
+    prefetcher = Prefetcher(store, load_index(store, server.address, PATTERN, grey()))
+    prefetcher._process.kill()
+    prefetcher._process.join()
+    for _ in range(3):
+        prefetcher.ask([0, 1])
+        prefetcher.ask([2])
+    prefetcher.close()
+
+
+def test_an_index_beside_remote_shards_is_asked_for_anew(server: FaultyServer, tmp_path: Path) -> None:
+    """Shards written again at the same address, with their index: the cached ones do not stand in the way."""
+    from mvsplit.data.index import write_index
+
+    def write(count: int) -> None:
+        shards(server.folder, count)
+        for old in (tmp_path / "apart").glob("cache/indices/*"):
+            old.unlink()
+        made = load_index(storage(tmp_path / "apart"), str(server.folder), "train-*.tar", grey())
+        write_index(server.folder / "train.index.safetensors", made)
+
+    write(30)
+    assert len(remote_reader(server, storage(tmp_path), FaultPolicy())) == 30
+    write(29)
+    kept = storage(tmp_path).cached(f"{server.address}/train.index.safetensors")
+    kept.unlink()  # stands for the minute in which it is not asked for again
+    source = remote_reader(server, storage(tmp_path), FaultPolicy())
+    assert len(source) == 29
+    assert source.read(0, 28)["label"] == 28 % 3
+
+
+def test_a_file_that_is_called_like_a_command_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe:touch PWNED").write_bytes(b"x" * 1000)
+    store = storage(tmp_path)
+    for pattern in ("{pipe:touch PWNED,a}", "pipe:*"):
+        with pytest.raises(UserError, match="pipe: runs a shell"):
+            store.expand(".", pattern)
+    module = datamodule(".", tmp_path, train="*", val="*", reader="webdataset")
+    assert all(location.startswith("/") for location in store.expand(module.folder, "*"))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{a,b}" * 40, "{0000000000000000001..99999999999999999999}", "{" * 2000, "**.tar", "a\0b"]
+)
+def test_absurd_patterns_end_at_once(tmp_path: Path, pattern: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError):
+        storage(tmp_path).expand(str(tmp_path), pattern)
+    assert time.monotonic() - began < 2
+
+
+def test_a_shard_named_twice_is_refused(tmp_path: Path) -> None:
+    shards(tmp_path, 10)
+    with pytest.raises(UserError, match=r"names .*train-000000\.tar twice"):
+        storage(tmp_path).expand(str(tmp_path), "{train,train}-000000.tar")

@@ -98,7 +98,8 @@ def test_poisoned_checkpoint_runs_nothing(tmp_path: Path) -> None:
 
 def test_one_changed_byte_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
-    torch.save({"mvsplit": "1", "global_step": 1, "callbacks": {}, "state_dict": {"a": torch.ones(1000)}}, path)
+    content = {"mvsplit": "1", "global_step": 1, "callbacks": {}, "loops": {}, "state_dict": {"a": torch.ones(1000)}}
+    torch.save(content, path)
     assert read_checkpoint(path)["state_dict"]["a"].sum() == 1000
     data = bytearray(path.read_bytes())
     data[data.index(torch.ones(4).numpy().tobytes()) + 400] ^= 1

@@ -8,7 +8,10 @@ from mvsplit.utils.console import say
 
 
 class DataFaults(Callback):
-    """Logs `data/<kind>`, the count of each kind of fault so far, and tells the first of each kind in a line."""
+    """Logs `data/<kind>`, the count of each kind of fault so far, and tells the first of each kind in a line.
+
+    `data/left_out` is about how many samples indexing has found damaged.
+    """
 
     def __init__(self) -> None:
         self._told: set[str] = set()
@@ -24,7 +27,8 @@ class DataFaults(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         counts = trainer.datamodule.counts["train"].counts
-        if counts and trainer.global_step % trainer.log_every_n_steps == 0:
-            metrics = {f"data/{kind}": float(n) for kind, n in counts.items()}
+        left_out = trainer.datamodule.left_out
+        if (counts or left_out) and trainer.global_step % trainer.log_every_n_steps == 0:
+            metrics = {f"data/{kind}": float(n) for kind, n in counts.items()} | {"data/left_out": float(left_out)}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, trainer.global_step - 1)

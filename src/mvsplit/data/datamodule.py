@@ -1,7 +1,9 @@
 """The one DataModule: shards in, batches of the endless training stream out."""
 
+import hashlib
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,19 +12,18 @@ from typing import Annotated, Any, Literal
 import lightning as L
 import torch
 from annotated_types import Len
-from braceexpand import braceexpand
 from pydantic import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader
 
 from mvsplit.data.faults import FaultCounts, FaultPolicy, Finding
 from mvsplit.data.formats import Format
-from mvsplit.data.index import Layout, ShardIndex, load_index, read_manifest, set_name
+from mvsplit.data.index import Layout, ShardIndex, clean_folder, load_index, read_manifest
 from mvsplit.data.order import StreamBatches, StreamOrder
 from mvsplit.data.pipeline import COSTS, WebDatasetStream
 from mvsplit.data.prefetch import Prefetcher
 from mvsplit.data.reader import ShardReader, collate
-from mvsplit.data.storage import Storage, is_remote
-from mvsplit.utils.console import say
+from mvsplit.data.storage import Storage, expand_braces, is_remote
+from mvsplit.utils.console import say, say_once
 from mvsplit.utils.errors import AgreedError, UserError
 from mvsplit.utils.rng import Seed
 
@@ -92,7 +93,8 @@ class ShardDataModule(L.LightningDataModule):
         allow_pipe: bool = False,
     ) -> None:
         super().__init__()
-        self.folder, self.patterns, self.layout, self.prepare = folder, {"train": train, "val": val}, layout, prepare
+        self.folder, self.layout, self.prepare = clean_folder(folder), layout, prepare
+        self.patterns = {"train": train, "val": val}
         self.format, self.storage, self.policy = format, storage, faults or FaultPolicy()
         self.image_size, self.channels, self.num_classes = list(image_size), channels, num_classes
         self.batch_size, self.seed = batch_size, seed
@@ -104,12 +106,15 @@ class ShardDataModule(L.LightningDataModule):
         self.indices: dict[str, ShardIndex] = {}
         self.counts = {"train": FaultCounts(), "val": FaultCounts()}
         self.latest: list[Finding] = []  # of the batch at hand, from all ranks
+        self._pass_faults = 0
         self._restored_samples: int | None = None
         self._prefetcher: Prefetcher | None = None
 
     @staticmethod
-    def check(train: str, val: str, reader: str, allow_pipe: bool) -> None:
+    def check(train: str, val: str, reader: str, allow_pipe: bool, overfit_samples: int) -> None:
         """Raise `ValueError` for values that do not fit; called on the composed config before anything is built."""
+        if overfit_samples and reader != "index":
+            raise ValueError(f"data.overfit_samples = {overfit_samples}: only with data.reader=index")
         for key, pattern, allowed in (("train", train, reader == "webdataset" and allow_pipe), ("val", val, False)):
             if pattern.startswith("pipe:") and not allowed:
                 raise ValueError(
@@ -170,7 +175,7 @@ class ShardDataModule(L.LightningDataModule):
         if self.window is None:
             self.window = REMOTE_WINDOW * (sum(sizes) > self.storage.limit)
         if self.window:
-            needed = 2 * self.window * max(sizes)  # the present window's and the next one's
+            needed = min(2 * self.window, len(sizes)) * max(sizes)  # the present window's and the next one's
             if needed > self.storage.limit:
                 raise UserError(
                     f"data.storage.cache_gib = {self.storage.limit / 2**30:.3g}: data.window = {self.window} shards and"
@@ -179,11 +184,14 @@ class ShardDataModule(L.LightningDataModule):
 
     def load(self, name: str) -> ShardIndex:
         """The index of one set, brought up to date, its classes checked."""
+        classes = None
+        if self.layout == "folders" and name == "val":  # numbered as the training set numbers them
+            root = Path(self.folder, self.patterns["train"])
+            classes = sorted(p.name for p in root.glob("[!.]*") if p.is_dir()) if root.is_dir() else None
         pattern = self.patterns[name]
-        begun = any(Path(self.folder, ".encode").glob(f"{set_name(pattern)}-*.json"))
-        if begun and read_manifest(self.storage, self.folder, pattern) is None:
-            raise UserError(f"data.folder = {self.folder}: src/encode.py has not finished '{pattern}'; run it again")
-        index = load_index(self.storage, self.folder, pattern, self.format, self.policy, self.layout)
+        index = load_index(self.storage, self.folder, pattern, self.format, self.policy, self.layout, classes)
+        if self.layout == "folders" and name == "train" and len(index.shards) < self.num_classes:
+            say_once(f"data: {self.folder} has {len(index.shards)} classes; data.num_classes = {self.num_classes}")
         labels = index.columns["label"]
         if (highest := int(labels.max())) >= self.num_classes:
             raise UserError(
@@ -267,6 +275,7 @@ class ShardDataModule(L.LightningDataModule):
             "pin_memory": self.pin_memory and torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
             "collate_fn": collate,
+            "worker_init_fn": outlive_first_sigterm,
         }
 
     def _ahead(self, order: StreamOrder) -> Callable[[int], None]:
@@ -295,7 +304,8 @@ class ShardDataModule(L.LightningDataModule):
         pattern = self.patterns["train"]
         piped = pattern.startswith("pipe:")  # `check` asked for the permission
         stream = WebDatasetStream(
-            list(braceexpand(pattern)) if piped else self.storage.expand(self.folder, pattern),
+            expand_braces(pattern) if piped else self.storage.expand(self.folder, pattern),
+            piped,
             self.storage,
             self.format,
             self.policy,
@@ -328,14 +338,33 @@ class ShardDataModule(L.LightningDataModule):
         self.latest = counts.add(batch.pop("findings"), len(batch["label"]), strategy)
         try:
             self.policy.judge(self.latest, counts.faults, counts.samples)
+            if not train:
+                self._judge_pass(int(batch["position"][0]))
         except UserError as error:
             raise AgreedError(str(error)) from None
         return self.format.finish(batch, train)
 
+    def _judge_pass(self, position: int) -> None:
+        """A pass over the validation set in which nothing could be read has no loss to tell."""
+        if position < self.batch_size:  # the first batch of a pass
+            self._pass_faults = 0
+        self._pass_faults += sum(finding.kind != "retried" for finding in self.latest)
+        if self._pass_faults >= len(self.indices["val"]):
+            raise UserError(f"{self.latest[-1].message}; nor can any other sample of the validation set be read")
+
+    @property
+    def left_out(self) -> int:
+        """About how many training samples were found damaged when they were indexed."""
+        return self.indices["train"].lost() if "train" in self.indices else 0
+
     def fingerprint(self) -> str:
+        """Equal for the same samples in the same order."""
         if self.streams:
             return f"webdataset {self.folder} {self.patterns['train']}"
-        return self.indices["train"].fingerprint
+        index = self.indices["train"]
+        if not self.window:
+            return index.fingerprint
+        return f"{index.fingerprint} {hashlib.sha256(index.starts.astype('<i8').tobytes()).hexdigest()[:16]}"
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -363,6 +392,23 @@ class ShardDataModule(L.LightningDataModule):
         self._restored_samples = state["samples"]
         if faults := state.get("faults"):
             self.counts["train"] = FaultCounts(Counter(faults["counts"]), faults["samples"])
+
+
+def outlive_first_sigterm(worker: int) -> None:
+    """For reading processes: who stops a job signals all of its processes, but the training needs these to the end.
+
+    They end with it; a second signal, such as the loader's own, ends them at once.
+    """
+    signals = 0
+
+    def count(number: int, frame: Any) -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, count)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class StreamedBatches:

@@ -173,11 +173,14 @@ def _agree(job: Job, identity: dict[str, Any]) -> None:
     """
     output, place = Path(job.settings.output), _hidden(job.settings) / "settings.json"
     known: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(place.read_text())
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+        content = json.loads(place.read_text())
+        if all(isinstance(content[key], dict) for key in ("settings", "sources")):
+            known = content
     refused = f"output = {output}: another folder is needed, this one holds shards"
-    if not known and any(list(output.glob(f"{name}-*.tar")) for name in job.settings.splits):
-        raise UserError(f"{refused} of unknown origin")
+    for name in job.settings.splits:
+        if f"source of {name}" not in known.get("sources", {}) and list(output.glob(f"{name}-*.tar")):
+            raise UserError(f"{refused} of unknown origin for {name}")
     sources = {f"source of {name}": reader.index.fingerprint for name, reader in job.readers.items()}
     old, new = _flat(known.get("settings", identity) | known.get("sources", {})), _flat(identity | sources)
     for key in sorted(old.keys() | new.keys()):
@@ -205,7 +208,9 @@ def _kept(job: Job, task: Task) -> tuple[Shard, Columns, Record] | None:
         size = Path(job.settings.output, name).stat().st_size
         if index is None or [(shard.name, shard.size) for shard in index.shards] != [(name, size)]:
             return None
-    except (OSError, ValueError, TypeError):
+        if not isinstance(record.left_out, dict) or len(record.shape) != 3:
+            return None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     return (*next(split(index)), record)
 
@@ -287,7 +292,7 @@ class Maker:
         for finding in shard.findings:  # an empty one, or what was read back is not what was written
             raise UserError(finding.message)
         # Without its time: the index holds wherever the shards are copied to.
-        written = merge(settings.output, [(replace(shard, mtime_ns=0), columns)])
+        written = merge(settings.output, [(replace(shard, stamp_ns=0), columns)])
         write_index(_hidden(settings) / f"{name}.safetensors", written)
         _write_json(_hidden(settings) / f"{name}.json", asdict(record))
 
@@ -345,7 +350,11 @@ class Maker:
 def _picture(pixels: Tensor, image_format: str, quality: int) -> bytes:
     """(channels, height, width) uint8 → an encoded picture."""
     array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
-    options = {"png": {}, "jpg": {"quality": quality, "subsampling": 0}, "webp": {"quality": quality}}[image_format]
+    options = {
+        "png": {"compress_level": 1},
+        "jpg": {"quality": quality, "subsampling": 0},
+        "webp": {"quality": quality},
+    }[image_format]
     file = io.BytesIO()
     Image.fromarray(array).save(file, {"jpg": "jpeg"}.get(image_format, image_format), **options)
     return file.getvalue()

@@ -7,6 +7,7 @@ sample on the CPU, and finishes a whole batch on the device.
 """
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -80,12 +81,15 @@ class Images:
         self.transform, self.val_transform = transform, val_transform or transform
 
     @staticmethod
-    def check(channels: int) -> None:
+    def check(image_size: list[int], channels: int, transform: dict[str, Any]) -> None:
         """Raise `ValueError` for values that do not fit; called on the composed config before anything is built."""
         if channels not in (1, 3):
             raise ValueError(f"data.channels = {channels}: allowed are 1 (grey) and 3 (RGB)")
+        if (size := transform.get("image_size", image_size)) != image_size:
+            raise ValueError(f"data.format.transform.image_size = {size}: data.image_size is {image_size}")
 
-    def bind(self, parts: set[str], manifest: Manifest | None) -> None: ...
+    def bind(self, parts: set[str], manifest: Manifest | None) -> None:
+        check_kind(manifest, "images", "pictures")
 
     def inspect(self, data: bytes) -> str | None:
         return jpeg_damage(data)
@@ -125,6 +129,7 @@ class Latents:
         self.statistics: tuple[list[float], list[float]] | None = None  # channel means, standard deviations
 
     def bind(self, parts: set[str], manifest: Manifest | None) -> None:
+        check_kind(manifest, "latents", "latents")
         if self.flip and "flipped" not in parts:
             raise UserError("data.format.flip = True: these latents were encoded without mirrored ones; allowed: false")
         if not self.normalise:
@@ -133,12 +138,21 @@ class Latents:
             raise UserError(
                 "data.format.normalise = True: the set has no manifest with channel statistics; allowed is false"
             )
-        if list(manifest["shape"]) != list(self.shape):
+        shape: Any = manifest.get("shape")
+        mean: Any = manifest.get("channel_mean")
+        std: Any = manifest.get("channel_std")
+        if shape != list(self.shape):
             raise UserError(
-                f"data.channels, data.image_size = {self.shape[0]}, {list(self.shape[1:])}:"
-                f" the set's latents are {manifest['shape'][0]}, {manifest['shape'][1:]}"
+                f"data.channels, data.image_size = {self.shape[0]}, {list(self.shape[1:])}: the set's latents have the"
+                f" shape {shape}"
             )
-        self.statistics = (manifest["channel_mean"], manifest["channel_std"])
+        for values in (mean, std):
+            numbers = isinstance(values, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in values)
+            if not numbers or len(values) != self.shape[0]:
+                raise UserError("data.folder: the channel statistics in the set's manifest are no list of numbers")
+        if min(std) <= 0:
+            raise UserError("data.folder: a standard deviation in the set's manifest is not above 0")
+        self.statistics = (mean, std)
 
     def inspect(self, data: bytes) -> str | None:
         return None
@@ -152,9 +166,12 @@ class Latents:
     def decode(self, data: bytes, position: int, train: bool) -> dict[str, Tensor]:
         tensors = safetensors.torch.load(data)
         mean, std = tensors["mean"], tensors["std"]
-        if mean.shape != self.shape or std.shape != self.shape:
-            raise ValueError(f"a latent of shape {tuple(mean.shape)}; {self.shape} is needed")
-        return {"mean": mean, "std": std}
+        for tensor in (mean, std):
+            if tensor.shape != self.shape or tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                raise ValueError(f"a latent of {tuple(tensor.shape)} {tensor.dtype}; {self.shape} is needed")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError("a latent that is not finite")
+        return {"mean": mean.bfloat16(), "std": std.bfloat16()}
 
     def blank(self) -> dict[str, Tensor]:
         return {name: torch.zeros(self.shape, dtype=torch.bfloat16) for name in ("mean", "std")}
@@ -168,6 +185,12 @@ class Latents:
             z = (z - channel_mean) / channel_std
         rest = {name: value for name, value in batch.items() if name not in ("mean", "std")}
         return rest | {"image": z}
+
+
+def check_kind(manifest: Manifest | None, kind: str, name: str) -> None:
+    """Check that a set that says what it holds is of the format that the config names."""
+    if manifest is not None and (holds := manifest.get("kind", kind)) != kind:
+        raise UserError(f"data.format: {name} are wanted, the set's manifest says that it holds {holds}")
 
 
 def decode_picture(data: bytes, mode: Literal["L", "RGB"], max_pixels: int) -> Image.Image:

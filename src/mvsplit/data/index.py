@@ -11,10 +11,11 @@ import re
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +25,11 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from mvsplit.data.faults import DataFault, FaultPolicy, Finding
+from mvsplit.data.faults import FaultPolicy, Finding
 from mvsplit.data.formats import Format, Manifest
-from mvsplit.data.scan import Columns, Shard, scan_folder, scan_tar, split_name
-from mvsplit.data.storage import CONNECTIONS, Storage, is_remote
-from mvsplit.utils.console import progress, say
+from mvsplit.data.scan import MAX_MEMBER, Columns, Shard, folder_digest, scan_folder, scan_tar, split_name, stamp
+from mvsplit.data.storage import CONNECTIONS, Storage, expand_braces, is_remote
+from mvsplit.utils.console import progress, say, say_once
 from mvsplit.utils.errors import UserError
 
 VERSION = 1
@@ -74,8 +75,11 @@ class ShardIndex:
     @property
     def fingerprint(self) -> str:
         """Hash of all samples' checksums and classes: equal for the same data wherever it lies."""
-        content = np.stack([self.columns["data.crc32"].astype("<i8"), self.columns["label"].astype("<i8")])
-        return hashlib.sha256(content.tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for name, column in sorted(self.columns.items()):
+            if name == "label" or name.endswith(".crc32"):
+                digest.update(name.encode() + column.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
 
     def location(self, number: int) -> str:
         """Path or address of the file that holds sample `number`."""
@@ -122,34 +126,43 @@ def load_index(
     form: Format,
     policy: FaultPolicy | None = None,
     layout: Layout = "shards",
+    classes: Sequence[str] | None = None,
 ) -> ShardIndex:
     """The index of the shards that a pattern names: the kept one, brought up to date.
+
+    Args:
+        classes: of an image folder: those that it may have, in the order of their numbers; by default its own.
 
     Raises:
         UserError: if there is nothing to index, or the policy does not bear what is damaged.
     """
-    policy, folder = policy or FaultPolicy(), folder.rstrip("/")
+    policy, folder = policy or FaultPolicy(), clean_folder(folder)
     scan: Callable[[str], tuple[Shard, Columns]]
     if layout == "folders":
-        files = _pictures(Path(folder, pattern), form)
+        files = _pictures(Path(folder, pattern), form, classes)
         names = [f"{pattern}/{name}" for name in files]
-        labels = {f"{pattern}/{name}": i for i, name in enumerate(files)}
+        labels = {f"{pattern}/{name}": i for i, name in enumerate(classes or files)}
 
         def scan(name: str) -> tuple[Shard, Columns]:
             return scan_folder(folder, name, files[name.removeprefix(f"{pattern}/")], labels[name], form)
     else:
-        names = [location.removeprefix(f"{folder}/") for location in storage.expand(folder, pattern)]
+        names = _named(storage, folder, pattern)
 
         def scan(name: str) -> tuple[Shard, Columns]:
             return scan_tar(storage, folder, name, form)
 
     key = json.dumps([folder, names, sorted(form.members.items())])
     place = storage.cache_dir / "indices" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    kept = read_index(place, folder)
-    if kept is None and layout == "shards":
-        kept = read_index(_beside(storage, folder, own_index(pattern)), folder)
-    # A tar's entry that lists files would lead to other places.
-    known = {s.name: (s, c) for s, c in split(kept) if layout == "folders" or not s.files} if kept is not None else {}
+    known = _known(read_index(place, folder), layout)
+    if layout == "folders":
+        digests = {name: folder_digest(Path(folder, name), files[Path(name).name]) for name in names}
+        known = {name: part for name, part in known.items() if part[0].sha256 == digests.get(name)}
+    else:
+        beside = _beside(storage, folder, own_index(pattern))
+        if is_remote(folder) or (beside.exists() and not (place.exists() and _newer(place, beside))):
+            own = _known(read_index(beside, folder), layout)
+            known |= {name: part for name, part in own.items() if is_remote(folder) or _adopt(part[0], folder, beside)}
+    known = {name: (_stamped(shard, folder), columns) for name, (shard, columns) in known.items()}
     index = _updated(folder, names, known, scan, policy, place)
     _judge(index, policy)
     return index
@@ -181,7 +194,7 @@ def _updated(
             for name in stale:
                 new, old = next(scanned), known.get(name)
                 if new[0].findings and policy.action == "fatal":
-                    policy.judge(new[0].findings, 1, 1)
+                    raise UserError(new[0].findings[0].message)
                 if new[0].findings and old is not None and old[0].samples > new[0].samples:
                     # Damaged since: its samples keep their numbers, and reading them tells what is gone.
                     gone = old[0].samples - new[0].samples
@@ -205,11 +218,57 @@ def _holds(known: tuple[Shard, Columns] | None, folder: str, name: str) -> bool:
         return False
     if is_remote(folder):
         return True
+    if known[0].files:  # compared with the listing already
+        return True
     try:
         stat = os.stat(f"{folder}/{name}")
     except OSError:
         return False
-    return (known[0].files or stat.st_size == known[0].size) and known[0].mtime_ns in (0, stat.st_mtime_ns)
+    return stat.st_size == known[0].size and known[0].stamp_ns == stamp(stat)
+
+
+def _known(index: ShardIndex | None, layout: Layout) -> dict[str, tuple[Shard, Columns]]:
+    # A tar's entry that lists files would lead to other places.
+    return {s.name: (s, c) for s, c in split(index) if layout == "folders" or not s.files} if index is not None else {}
+
+
+def _newer(one: Path, other: Path) -> bool:
+    return stamp(one.stat()) > stamp(other.stat())
+
+
+def _adopt(shard: Shard, folder: str, beside: Path) -> bool:
+    """Whether an index that was written with its shards still speaks of this one: it is not the younger."""
+    path = Path(folder, shard.name)
+    return not path.exists() or not _newer(path, beside)
+
+
+def _stamped(shard: Shard, folder: str) -> Shard:
+    """An index written with its shards knows no times: it must hold where they are copied to. From here on it does."""
+    if shard.stamp_ns or shard.files or is_remote(folder):
+        return shard
+    with suppress(OSError):
+        return replace(shard, stamp_ns=stamp(os.stat(f"{folder}/{shard.name}")))
+    return shard
+
+
+def _named(storage: Storage, folder: str, pattern: str) -> list[str]:
+    """Names of a set's shards; with wildcards also of those that its manifest names and that are not there.
+
+    Raises:
+        UserError: if there are others, or `src/encode.py` has not finished them.
+    """
+    names = [location.removeprefix(f"{folder}/") for location in storage.expand(folder, pattern)]
+    for begun in sorted({name.rpartition("-")[0] for name in names if Path(folder, f".encode/{name}.json").exists()}):
+        if not Path(folder, f"{begun}.manifest.json").exists():
+            raise UserError(f"data.folder = {folder}: src/encode.py has not finished '{begun}'; run it again")
+    manifest = read_manifest(storage, folder, pattern)
+    if manifest is None or expand_braces(pattern) != [pattern] or not any(c in pattern for c in "*?["):
+        return names
+    listed = [str(shard.get("name")) for shard in manifest.get("shards", []) if isinstance(shard, dict)]
+    listed = [name for name in listed if fnmatch(name, pattern)]
+    if listed and (others := sorted(set(names) - set(listed))):
+        raise UserError(f"data: {folder}/{others[0]} is not named in {set_name(pattern)}.manifest.json")
+    return sorted({*names, *listed})
 
 
 def _judge(index: ShardIndex, policy: FaultPolicy) -> None:
@@ -218,16 +277,18 @@ def _judge(index: ShardIndex, policy: FaultPolicy) -> None:
         reason = f": {findings[0].message}" if findings else ""
         raise UserError(f"data: the {len(index.shards)} shards in {index.folder} hold no samples{reason}")
     if findings:
+        if policy.action == "fatal":
+            raise UserError(findings[0].message)
         lost, kinds = index.lost(), _listed(Counter(f.kind for f in findings))
         if lost > policy.max_rate * (lost + len(index)):
             raise UserError(
                 f"data.faults.max_rate = {policy.max_rate}: about {lost} of {lost + len(index)} samples in"
                 f" {index.folder} are damaged ({kinds}); the first: {findings[0].message}"
             )
-        say(f"data: {len(index)} samples of {index.folder} can be read, about {lost} cannot ({kinds})")
+        say_once(f"data: {len(index)} samples of {index.folder} can be read, about {lost} cannot ({kinds})")
     ignored = sum((Counter(shard.ignored) for shard in index.shards), Counter[str]())
     if ignored:
-        say(f"data: members in {index.folder} that are never read, by suffix: {_listed(ignored)}")
+        say_once(f"data: members in {index.folder} that are never read, by suffix: {_listed(ignored)}")
 
 
 def _listed(counts: Counter[Any]) -> str:
@@ -236,18 +297,23 @@ def _listed(counts: Counter[Any]) -> str:
     )
 
 
-def _pictures(root: Path, form: Format) -> dict[str, tuple[str, ...]]:
-    """Pictures of each class of an image folder `<root>/<class>/…`; classes and pictures sorted.
+def _pictures(root: Path, form: Format, allowed: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
+    """Pictures of each class of an image folder `<root>/<class>/…`; classes and pictures sorted, hidden ones left out.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are none, or classes that are not allowed.
     """
     suffixes = {f".{suffix}" for suffix in form.members["data"]}
     if not root.is_dir():
         raise UserError(f"data.folder = {root.parent}: there is no folder '{root.name}' in it")
-    classes = sorted(path for path in root.iterdir() if path.is_dir())
+    classes = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for path in classes:
+        if allowed is not None and path.name not in allowed:
+            raise UserError(f"data: {path} is a class that the training set does not have")
     found = {
-        path.name: tuple(sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.suffix.lower() in suffixes))
+        path.name: tuple(
+            sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+        )
         for path in classes
     }
     if not any(found.values()):
@@ -256,6 +322,11 @@ def _pictures(root: Path, form: Format) -> dict[str, tuple[str, ...]]:
 
 
 # ------------------------------------------------------------------- keeping
+
+
+def clean_folder(folder: str) -> str:
+    """A set's folder or address, written in the one way that its shards' locations begin with."""
+    return folder.rstrip("/") if is_remote(folder) else str(Path(folder).absolute())
 
 
 def set_name(pattern: str) -> str:
@@ -270,8 +341,8 @@ def own_index(pattern: str) -> str:
 def read_manifest(storage: Storage, folder: str, pattern: str) -> Manifest | None:
     """What `src/encode.py` wrote about the set, if it did."""
     try:
-        content = json.loads(_beside(storage, folder.rstrip("/"), f"{set_name(pattern)}.manifest.json").read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(_beside(storage, clean_folder(folder), f"{set_name(pattern)}.manifest.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -279,8 +350,8 @@ def read_manifest(storage: Storage, folder: str, pattern: str) -> Manifest | Non
 def _beside(storage: Storage, folder: str, name: str) -> Path:
     """A small file that may lie beside the shards, here or there."""
     location = f"{folder}/{name}"
-    with suppress(DataFault):  # there is none
-        storage.local(location)
+    if is_remote(location):
+        storage.refresh(location)
     return storage.cached(location)
 
 
@@ -307,7 +378,7 @@ def write_index(path: Path, index: ShardIndex) -> None:
     about = json.dumps({"version": VERSION, "shards": shards, "digest": _digest(index.columns, shards)})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    safetensors.numpy.save_file(index.columns, partial, metadata={"index": about})
+    partial.write_bytes(safetensors.numpy.save(index.columns, metadata={"index": about}))  # with the user's own rights
     partial.replace(path)
 
 
@@ -323,10 +394,24 @@ def read_index(path: Path, folder: str) -> ShardIndex | None:
             Shard(**s | {"findings": tuple(Finding(*f) for f in s["findings"]), "files": tuple(s["files"])})
             for s in about["shards"]
         ]
-        consistent = all(len(column) == sum(s.samples for s in shards) for column in columns.values())
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
+        index = ShardIndex(folder, shards, columns)
+        return index if _consistent(index) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError):
         return None
-    return ShardIndex(folder, shards, columns) if consistent else None
+
+
+def _consistent(index: ShardIndex) -> bool:
+    """Whether the columns are what a scan could have made: the file may come from anywhere."""
+    total = sum(shard.samples for shard in index.shards)
+    sizes = np.array([2**62 if shard.files else shard.size for shard in index.shards])[index.shard_of]
+    columns = index.columns
+    if any(c.shape != (total,) or c.dtype.kind not in "iu" for c in columns.values()) or (columns["label"] < 0).any():
+        return False
+    for part in index.parts | {"data"} if total else set():
+        offset, size, _ = (columns[f"{part}.{name}"] for name in ("offset", "size", "crc32"))
+        if (offset < 0).any() or (size > MAX_MEMBER).any() or (offset + size > sizes).any():
+            return False
+    return all(isinstance(n, int) for shard in index.shards for n in shard.ignored.values())
 
 
 def _digest(columns: Columns, shards: list[dict[str, Any]]) -> str:

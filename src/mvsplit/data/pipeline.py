@@ -6,18 +6,19 @@ of ranks and workers, and a resume that begins at a shard's start.
 
 import random
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from mvsplit.data.faults import DataFault, FaultPolicy, Finding
 from mvsplit.data.formats import Format
 from mvsplit.data.order import StreamOrder
-from mvsplit.data.reader import MAX_SUBSTITUTES, Sample
-from mvsplit.data.scan import parse_json, parse_label, split_name
+from mvsplit.data.reader import MAX_SUBSTITUTES, Sample, reason_of
+from mvsplit.data.scan import member_problem, parse_json, parse_label, split_name
 from mvsplit.data.storage import Storage
 
 COSTS = (
@@ -33,7 +34,8 @@ class WebDatasetStream(IterableDataset[Sample]):
     of all ranks, so that none ever runs dry before the others.
 
     Args:
-        locations: paths or addresses of the shards; `pipe:COMMAND` runs a shell (see `data.allow_pipe`).
+        locations: paths or addresses of the shards. piped: they are `pipe:COMMAND`, which the user has allowed to run
+            in a shell.
         samples_per_shard: about how many each holds; places the stream after a resume.
         buffer: samples that each reader shuffles in. first_sample: asked at the start: samples read before, by all.
     """
@@ -41,6 +43,7 @@ class WebDatasetStream(IterableDataset[Sample]):
     def __init__(
         self,
         locations: list[str],
+        piped: bool,
         storage: Storage,
         form: Format,
         policy: FaultPolicy,
@@ -52,7 +55,8 @@ class WebDatasetStream(IterableDataset[Sample]):
         buffer: int,
         first_sample: Callable[[], int],
     ) -> None:
-        self.locations, self.storage, self.form, self.policy = locations, storage, form, policy
+        self.locations, self.piped = locations, piped
+        self.storage, self.form, self.policy = storage, form, policy
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.samples_per_shard, self.buffer, self.first_sample = samples_per_shard, buffer, first_sample
         self._findings: list[Finding] = []
@@ -65,7 +69,7 @@ class WebDatasetStream(IterableDataset[Sample]):
         reader, readers = self.rank * workers + number, self.world_size * workers
         done = self.first_sample() // (self.samples_per_shard * readers)  # whole shards, by each reader
         shards = self._shards(reader + done * readers, readers)
-        members = tar_file_expander(self._opened(shards), handler=self._note)
+        members = (member for shard in self._opened(shards) for member in self._members(**shard))
         samples = self._noticed(group_by_keys(members, handler=self._note))
         chance = random.Random(f"{self.seed} {done} {reader}")
         failed, place = 0, done * self.samples_per_shard * readers + reader
@@ -110,8 +114,24 @@ class WebDatasetStream(IterableDataset[Sample]):
             except Exception as error:
                 self._note(error, location)
 
+    def _members(self, url: str, stream: IO[bytes]) -> Iterator[dict[str, Any]]:
+        """A shard's members, as webdataset's own expander gives them, but neither unpacked nor of any size."""
+        try:
+            with stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined] # it would keep them all
+                    if member.isdir():
+                        continue
+                    if problem := member_problem(member):
+                        raise DataFault("bad_member", f"member {member.name[:80]!r} {problem}")
+                    data = tar.extractfile(member)
+                    assert data is not None
+                    yield {"fname": member.name, "data": data.read(), "__url__": url}
+        except Exception as error:  # what is left of the shard is lost; a sequential reader cannot do better
+            self._note(error, url)
+
     def _open(self, location: str) -> IO[bytes]:
-        if location.startswith("pipe:"):
+        if self.piped:
             process = subprocess.Popen(location.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE)
             assert process.stdout is not None
             return process.stdout
@@ -141,6 +161,6 @@ class WebDatasetStream(IterableDataset[Sample]):
         try:
             tensors = self.form.decode(data, place, train=True)
         except Exception as error:
-            raise DataFault("undecodable", f"{where} does not decode ({' '.join(str(error).split())[:120]})") from None
+            raise DataFault("undecodable", f"{where} does not decode ({reason_of(error)})") from None
         caption = sample["txt"].decode(errors="replace") if "txt" in sample else str(about.get("caption", ""))
         return dict(tensors) | {"label": label, "index": -1, "weight": 1.0, "caption": caption}

@@ -30,9 +30,10 @@ class Prefetcher:
 
     def ask(self, shards: list[int]) -> None:
         """These shards are needed next, in this order; asked for once as long as they stay in the list."""
-        for shard in shards:
-            if shard not in self._asked:
-                self._wanted.send(shard)
+        with suppress(OSError):  # the process was killed: readers fetch what they need themselves
+            for shard in shards:
+                if shard not in self._asked:
+                    self._wanted.send(shard)
         self._asked = set(shards)
 
     def close(self) -> None:

@@ -3,8 +3,8 @@
 A sample that cannot be read never raises: the batch keeps its size and says what happened (`data/faults.py`).
 """
 
-import json
 import os
+import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_collate
 from mvsplit.data.faults import DataFault, FaultPolicy, Finding
 from mvsplit.data.formats import Format
 from mvsplit.data.index import ShardIndex
+from mvsplit.data.scan import parse_json
 from mvsplit.data.storage import Storage, is_remote
 from mvsplit.utils.rng import Stream, bits
 
@@ -37,6 +38,11 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     rows = torch.stack([column.view(torch.int64) for column in columns])
     numbers = {name: row.view(dtype) for row, (name, dtype) in zip(rows, dtypes.items(), strict=True)}
     return default_collate(rest) | numbers | {"findings": findings}
+
+
+def reason_of(error: Exception) -> str:
+    """A decoder's complaint in one line, without the addresses of its objects."""
+    return " ".join(re.sub(r"<\S+ object at 0x[0-9a-f]+>", "", str(error)).split())[:120]
 
 
 class ShardReader(Dataset[Sample]):
@@ -101,12 +107,11 @@ class ShardReader(Dataset[Sample]):
             DataFault: naming shard and sample.
         """
         data = self.raw(number, part)
+        caption = {self._captions: self._caption(number)} if self._captions else {}
         try:
-            sample: Sample = dict(self.form.decode(data, position, self.train))
+            sample: Sample = dict(self.form.decode(data, position, self.train)) | caption
         except Exception as error:  # decoders fail in many ways, all of them the data's fault
-            raise self._fault(
-                "undecodable", number, f"does not decode ({' '.join(str(error).split())[:120]})"
-            ) from None
+            raise self._fault("undecodable", number, f"does not decode ({reason_of(error)})") from None
         first_pass = self.train or position < len(self.index)
         sample |= {
             "label": int(self.index.columns["label"][number]),
@@ -114,15 +119,13 @@ class ShardReader(Dataset[Sample]):
             "position": position,
             "weight": float(first_pass),
         }
-        if self._captions:
-            sample[self._captions] = self._caption(number)
         return sample
 
     def _caption(self, number: int) -> str:
         for part in ("txt", "json"):
             if part in self.index.parts and self.index.columns[f"{part}.size"][number] >= 0:
-                text = self.raw(number, part).decode(errors="replace")
-                return text if part == "txt" else str(json.loads(text)["caption"])
+                data = self.raw(number, part)
+                return data.decode(errors="replace") if part == "txt" else str(parse_json(data).get("caption", ""))
         return ""
 
     def raw(self, number: int, part: str = "data") -> bytes:
@@ -135,20 +138,23 @@ class ShardReader(Dataset[Sample]):
         offset, size = int(columns[f"{part}.offset"][number]), int(columns[f"{part}.size"][number])
         if size < 0:
             raise self._fault("missing_member", number, f"has no member for '{part}'")
-        file = self._open(number)
-        data = os.pread(file, size, offset)
-        if zlib.crc32(data) == columns[f"{part}.crc32"][number]:
-            return data
-        # Once more from a file opened anew: a cached shard may have been fetched again meanwhile.
-        os.close(self._files.pop(self.index.location(number)))
-        file = self._open(number)
-        data = os.pread(file, size, offset)
-        if zlib.crc32(data) == columns[f"{part}.crc32"][number]:
-            return data
+        for attempt in (1, 2):
+            file = self._open(number)
+            try:
+                data = os.pread(file, size, offset)
+            except (OSError, OverflowError, MemoryError) as error:
+                raise self._fault("truncated", number, f"cannot be read ({error})") from None
+            if zlib.crc32(data) == columns[f"{part}.crc32"][number]:
+                return data
+            shard = self.index.shards[int(self.index.shard_of[number])]
+            same_size = bool(shard.files) or os.fstat(file).st_size == shard.size
+            if attempt == 1:  # once more from a file opened anew: a cached shard may have been fetched again meanwhile
+                location = self.index.location(number)
+                os.close(self._files.pop(location))
+                self.storage.discard_damaged(location, shard.sha256)
         if len(data) < size:
             raise self._fault("truncated", number, "lies beyond the end of the shard")
-        shard = self.index.shards[int(self.index.shard_of[number])]
-        if not shard.files and os.fstat(file).st_size != shard.size:
+        if not same_size:
             raise self._fault("replaced_shard", number, "is gone: not the shard that was indexed")
         raise self._fault("checksum", number, "fails its checksum")
 
@@ -161,7 +167,7 @@ class ShardReader(Dataset[Sample]):
         for attempt in (1, 2):  # another process may make room in the cache between the two lines
             path = self.storage.local(location, shard.size, shard.sha256)
             try:
-                file = os.open(path, os.O_RDONLY)
+                file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in a shard's place must not hold us up
                 break
             except OSError as error:
                 if attempt == 2 or not is_remote(location):

@@ -6,13 +6,16 @@ byte is accounted for. Names in a tar are labels and nothing else: nothing is ev
 
 import hashlib
 import json
+import os
 import re
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO, Any
 
 import numpy as np
@@ -39,15 +42,15 @@ class Shard:
     """One tar file, or one class of an image folder.
 
     Attributes:
-        name: below the set's folder. size: in bytes. mtime_ns: of a local file or folder when it was scanned; 0 if it
-            is not compared. sha256: of the bytes of a tar. samples: how many it holds. files: of an image folder's
-            class, in the order of its samples. findings: what was wrong with it. ignored: members that are not read,
-            by suffix.
+        name: below the set's folder. size: in bytes. stamp_ns: time of a local tar's last change when it was scanned;
+            0 if it is not compared. sha256: of the bytes of a tar; of names, sizes and times in an image folder.
+            samples: how many it holds. files: of an image folder's class, in the order of its samples. findings: what
+            was wrong with it. ignored: members that are not read, by suffix.
     """
 
     name: str
     size: int = 0
-    mtime_ns: int = 0
+    stamp_ns: int = 0
     sha256: str = ""
     samples: int = 0
     files: tuple[str, ...] = ()
@@ -57,6 +60,17 @@ class Shard:
 
 def scan_tar(storage: Storage, folder: str, name: str, form: Format) -> tuple[Shard, Columns]:
     """Everything the index holds of a tar; what is wrong with it is among its findings."""
+    scanned = _scan_tar(storage, folder, name, form)
+    damaged = {finding.kind for finding in scanned[0].findings}
+    if damaged and is_remote(folder) and not damaged & {"network", "cache_full"}:
+        # What came may have been cut on the way by a server that did not say how long it is, or evicted meanwhile.
+        with suppress(OSError):
+            storage.cached(f"{folder}/{name}").unlink()
+        scanned = _scan_tar(storage, folder, name, form)
+    return scanned
+
+
+def _scan_tar(storage: Storage, folder: str, name: str, form: Format) -> tuple[Shard, Columns]:
     location = f"{folder}/{name}"
     shard, found = Shard(name), _Findings(location)
     rows: list[tuple[dict[str, Place], dict[str, int], int]] = []
@@ -64,13 +78,15 @@ def scan_tar(storage: Storage, folder: str, name: str, form: Format) -> tuple[Sh
     try:
         path = storage.local(location)
         stat = path.stat()
+        if not S_ISREG(stat.st_mode):
+            raise DataFault("missing_shard", f"{location}: is no file")
         if not stat.st_size:
             raise DataFault("empty_shard", f"{location}: an empty file")
         with path.open("rb") as file:
             shard = Shard(
                 name,
                 size=stat.st_size,
-                mtime_ns=0 if is_remote(folder) else stat.st_mtime_ns,
+                stamp_ns=0 if is_remote(folder) else stamp(stat),
                 sha256=hashlib.file_digest(file, "sha256").hexdigest(),
             )
             for key, parts, label in _Samples(file, stat.st_size, form, found, ignored):
@@ -108,8 +124,23 @@ def scan_folder(folder: str, name: str, files: tuple[str, ...], label: int, form
             continue
         rows.append(({"data": (0, len(data))}, {"data": zlib.crc32(data)}, label))
         whole.append(file)
-    shard = Shard(name, len(files), root.stat().st_mtime_ns, "", len(rows), tuple(whole), tuple(found))
+    shard = Shard(name, len(files), 0, folder_digest(root, files), len(rows), tuple(whole), tuple(found))
     return shard, _columns(rows)
+
+
+def stamp(stat: os.stat_result) -> int:
+    """When a file was last changed. A copy can keep the one time, but not the other."""
+    return max(stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def folder_digest(root: Path, files: tuple[str, ...]) -> str:
+    """Hash of the files' names, sizes and times."""
+    digest = hashlib.sha256()
+    for file in files:
+        with suppress(OSError):
+            stat = (root / file).stat()
+            digest.update(f"{file} {stat.st_size} {stamp(stat)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 class _Findings(list[Finding]):
@@ -167,7 +198,7 @@ class _Samples:
             if key != self.key:
                 yield from self._sample(members)
                 self.key, members = key, {}
-            problem = _problem(member)
+            problem = member_problem(member)
             if members is not None and suffix in members:
                 problem = "comes twice"
             if problem:
@@ -209,19 +240,35 @@ class _Samples:
                 "truncated" if cut else "bad_header",
                 f"damaged at byte {end}, after sample '{self.key}': neither a header nor the end of the tar",
             )
+            return
+        # Two zeroed blocks in the middle look like the end: behind the real one there is only a record's padding.
+        self.file.seek(end)
+        while data := self.file.read(MAX_HEADER):
+            if any(data):
+                self.broken = True
+                self.found.add("bad_header", f"zeros at byte {end}, after sample '{self.key}', with more data behind")
+                return
+        if self.size - end > 2 * tarfile.RECORDSIZE:
+            self.broken = True
+            self.found.add("truncated", f"nothing but zeros from byte {end} on, after sample '{self.key}'")
 
     def _sample(self, members: dict[str, Place] | None) -> Iterator[tuple[str, dict[str, Place], int]]:
         if not members:
             return
         parts: dict[str, Place] = {}
         for suffix, place in members.items():
-            if suffix in self.part_of:
-                parts.setdefault(self.part_of[suffix], place)
+            part = self.part_of.get(suffix)
+            if part in parts:
+                self.found.add("bad_member", f"sample '{self.key}' has two members for its {part}")
+                return
+            if part is not None:
+                parts[part] = place
             elif suffix not in NOT_DATA:
                 self.ignored[suffix[:20]] += 1
         if "data" not in parts:
             names = ", ".join(suffix for suffix, part in self.part_of.items() if part == "data")
-            self.found.add("missing_member", f"sample '{self.key}' has no image or latent ({names})")
+            has = ", ".join(suffix[:20] for suffix in members)
+            self.found.add("missing_member", f"sample '{self.key}' has no image or latent ({names}), only {has!r}")
             return
         try:
             about = parse_json(self._read(members.get("json")))
@@ -264,7 +311,7 @@ def parse_label(cls: bytes | None, about: dict[str, Any]) -> int:
             raise DataFault("bad_member", f"has the class label {text[:20]!r}, not a number")
         return int(text)
     label = about.get("label")
-    if isinstance(label, int) and 0 <= label < 10**9:
+    if type(label) is int and 0 <= label < 10**9:
         return label
     raise DataFault("missing_label", "has no class label (.cls, or `label` in .json)")
 
@@ -276,7 +323,8 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def _problem(member: tarfile.TarInfo) -> str | None:
+def member_problem(member: tarfile.TarInfo) -> str | None:
+    """Why a member is not read; None if it may be."""
     if not member.isreg() or member.issparse():
         return "is no plain file"
     if member.name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.name):

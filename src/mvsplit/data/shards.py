@@ -15,12 +15,15 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
         samples: (key, {suffix without the first dot: content}).
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        with wds.TarWriter(file, mtime=0, user="", group="", mode=0o644) as writer:
-            for key, members in samples:
-                writer.write({"__key__": key} | members)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            with wds.TarWriter(file, mtime=0, user="", group="", mode=0o644) as writer:
+                for key, members in samples:
+                    writer.write({"__key__": key} | members)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
     partial.replace(path)
 
 

@@ -33,6 +33,8 @@ MAX_SHARDS = 1_000_000
 CONNECTIONS = 4
 """Shards fetched at a time, where several are wanted."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MIN_RATE = 10_000
+"""Bytes a second below which a server counts as stalled."""
 REMEMBER_S = 60.0
 """For how long a shard that could not be fetched is not tried again: its samples fail at once meanwhile."""
 
@@ -79,18 +81,20 @@ class Storage:
         Raises:
             UserError: if the folder does not exist, nothing matches, or the pattern cannot be used there.
         """
-        spans = [abs(int(b) - int(a)) + 1 for a, b in re.findall(r"\{(-?\d{1,12})\.\.(-?\d{1,12})", pattern)]
-        if math.prod(spans) > MAX_SHARDS:  # before anything is spelt out
-            raise UserError(f"data: '{pattern}' names more than {MAX_SHARDS} shards")
+        if "pipe:" in pattern:
+            raise UserError(f"data: '{pattern}': pipe: runs a shell; see data.reader and data.allow_pipe")
+        names = expand_braces(pattern)
         try:
-            names = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
+            locations = [found for name in names for found in self._matches(folder, name)]
         except ValueError as error:
-            raise UserError(f"data: '{pattern}' is no pattern of names ({error})") from None
-        if len(names) > MAX_SHARDS:
-            raise UserError(f"data: '{pattern}' names more than {MAX_SHARDS} shards")
-        locations = [found for name in names for found in self._matches(folder, name)]
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"data: '{pattern}' in {folder}: {error}") from None
         if not locations:
             raise UserError(f"data: no shards match '{pattern}' in {folder}")
+        if len(set(locations)) < len(locations):
+            twice = next(location for location in locations if locations.count(location) > 1)
+            raise UserError(f"data: '{pattern}' names {twice} twice")
         return locations
 
     def _matches(self, folder: str, name: str) -> list[str]:
@@ -167,11 +171,36 @@ class Storage:
                 if not self._usable(path, size):
                     self._fetch(location, path, size, sha256)
         except OSError as error:
-            raise UserError(f"data.storage.cache_dir = {self.cache_dir}: {error.strerror or error}") from error
+            why = error.strerror or error
+            raise DataFault("cache_full", f"{location}: data.storage.cache_dir = {self.cache_dir}: {why}") from None
         except DataFault as fault:
             self._failed[location] = (time.monotonic(), fault)
             raise
         return path
+
+    def refresh(self, location: str) -> None:
+        """Fetch a small remote file that may have changed, if there is one; the cached one stays if nobody answers."""
+        path = self.cached(location)
+        with suppress(OSError):
+            if time.time() - path.stat().st_ctime < REMEMBER_S:  # other ranks ask too
+                return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                self._fetch(location, path, None, None)
+        except DataFault as fault:
+            if fault.kind == "missing_shard":
+                path.unlink(missing_ok=True)
+        except OSError:
+            return  # a cache that cannot be written: the shards tell it
+
+    def discard_damaged(self, location: str, sha256: str) -> None:
+        """Remove a cached shard whose bytes are not those that were fetched: the next to want it fetches it anew."""
+        path = self.cached(location)
+        if is_remote(location) and sha256:
+            with suppress(OSError), path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    path.unlink()
 
     @staticmethod
     def _usable(path: Path, size: int | None) -> bool:
@@ -195,8 +224,12 @@ class Storage:
                     digest = self._download(location, partial)
                 except DataFault:
                     raise
-                except FileNotFoundError:
-                    raise DataFault("missing_shard", f"{location}: there is no such shard") from None
+                except FileNotFoundError as error:
+                    if error.filename is None:  # the server's word; else somebody has removed the cache's folder
+                        raise DataFault("missing_shard", f"{location}: there is no such shard") from None
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    reason = _line(error)
+                    continue
                 except PermissionError as error:
                     raise DataFault("network", f"{location}: access denied ({_line(error)})") from None
                 except Exception as error:  # each protocol's library has kinds of its own
@@ -223,7 +256,7 @@ class Storage:
                 partial.unlink(missing_ok=True)
 
     def _download(self, location: str, partial: Path) -> str:
-        within = _Within(self.limit, f"{location}: larger than data.storage.cache_gib allows")
+        within = _Within(self.limit, self.timeout_s, f"{location}: larger than data.storage.cache_gib allows")
         self._filesystem(self._protocol(location)).get_file(location, str(partial), callback=within)
         with partial.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -249,17 +282,40 @@ class Storage:
                     yield stat.st_mtime_ns, stat.st_size, path
 
 
-class _Within(fsspec.callbacks.Callback):
-    """Ends a download that grows beyond a limit."""
+def expand_braces(pattern: str) -> list[str]:
+    """All names that {000..146} and {a,b} in a pattern stand for.
 
-    def __init__(self, limit: int, message: str) -> None:
+    Raises:
+        UserError: if these are more than `MAX_SHARDS`; found before anything is spelt out.
+    """
+    ranges = re.findall(r"\{(-?\d{1,12})\.\.(-?\d{1,12})[.}]", pattern)
+    counts = [abs(int(b) - int(a)) + 1 for a, b in ranges]
+    counts += [inner.count(",") + 1 for inner in re.findall(r"\{([^{}]*)\}", pattern)]
+    if math.prod(counts) > MAX_SHARDS or len(pattern) > 1000 or re.search(r"\d{13,}\.\.|\.\.-?\d{13,}", pattern):
+        raise UserError(f"data: '{pattern[:100]}' names more than {MAX_SHARDS} shards")
+    try:
+        return list(islice(braceexpand(pattern), MAX_SHARDS))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data: '{pattern}' is no pattern of names ({error})") from None
+
+
+class _Within(fsspec.callbacks.Callback):
+    """Ends a download that grows beyond a limit, or only drips."""
+
+    def __init__(self, limit: int, window_s: float, message: str) -> None:
         super().__init__()
-        self.limit, self.message = limit, message
+        self.limit, self.window_s, self.message = limit, window_s, message
+        self._since, self._had = time.monotonic(), 0
 
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
         if self.value > self.limit:
             raise DataFault("cache_full", self.message)
+        elapsed = time.monotonic() - self._since
+        if elapsed > self.window_s:
+            if self.value - self._had < MIN_RATE * elapsed:
+                raise TimeoutError(f"slower than {MIN_RATE} bytes a second")
+            self._since, self._had = time.monotonic(), self.value
 
 
 def _line(error: BaseException) -> str:

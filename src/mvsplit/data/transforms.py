@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mvsplit.utils.rng import Stream, uniform_at
 
+MAX_SCALED = 1 << 26
+"""Pixels that a picture may be scaled to before it is cropped: a thin one of few bytes could fill the memory."""
+
 
 @dataclass(frozen=True)
 class CentreCrop:
@@ -39,6 +42,8 @@ class CentreCrop:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = max(height / image.height, width / image.width)
         size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        if size[0] * size[1] > MAX_SCALED:
+            raise ValueError(f"{image.width} × {image.height} pixels would have to be scaled to {size[0]} × {size[1]}")
         image = image.resize(size, Image.Resampling.BICUBIC)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))

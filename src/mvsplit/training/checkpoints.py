@@ -36,7 +36,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"ckpt_path = {path}: damaged, or not a checkpoint of tensors ({reason})") from None
-    if not isinstance(content, dict) or not content.keys() >= {MARK, "global_step", "state_dict", "callbacks"}:
+    needed = {MARK, "global_step", "state_dict", "callbacks", "loops"}
+    if not isinstance(content, dict) or not content.keys() >= needed or not isinstance(content["global_step"], int):
         raise UserError(f"ckpt_path = {path}: not a checkpoint of this project")
     return content
 

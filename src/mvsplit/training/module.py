@@ -20,6 +20,7 @@ from mvsplit.flow.times import time_shift
 from mvsplit.training.checkpoints import MARK, check_fits, set_micro_batches
 from mvsplit.training.optim import AdamW
 from mvsplit.training.strategies import shard_network
+from mvsplit.utils.errors import UserError
 from mvsplit.utils.rng import Seed, Stream, normal, step_seed
 
 Batch = dict[str, Tensor]
@@ -81,6 +82,9 @@ class FlowModule(L.LightningModule):
         checkpoint[MARK] = __version__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = self.trainer.datamodule
+        if self.trainer.training and data is not None and type(data).__qualname__ not in checkpoint:
+            raise UserError("ckpt_path: the checkpoint does not tell which data it was trained on, nor how far")
         set_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
         if "state_dict" in checkpoint:  # sharded strategies load weights their own way
             check_fits(checkpoint["state_dict"], self.state_dict())

@@ -198,11 +198,14 @@ def locked(output_dir: Path) -> Iterator[None]:
 
 def show_faults(trainer: Trainer) -> None:
     """What was wrong with the data, by kind, if anything was."""
-    counts = trainer.datamodule.counts
+    data: Any = trainer.datamodule
+    counts = data.counts
     rows = {f"{name}: {kind}": str(n) for name in counts for kind, n in sorted(counts[name].counts.items())}
+    if data.left_out:
+        rows["train: left out when indexed"] = f"about {data.left_out}"
     if rows:
-        samples = ", ".join(f"{counts[name].samples} of {name}" for name in counts)
-        show_table(f"data faults among the samples read ({samples})", rows)
+        say(f"data faults, among {counts['train'].samples} samples read in training")
+        show_table("data faults", rows)
 
 
 def plain_metrics(trainer: Trainer) -> dict[str, float]:

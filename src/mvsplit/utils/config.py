@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
+from pydantic_core import SchemaError
 
 from mvsplit.utils.errors import UserError
 
@@ -199,7 +200,7 @@ def check_value(path: str, value: Any, hint: Any) -> None:
     """
     try:
         adapter = TypeAdapter(hint, config=_STRICT)
-    except (PydanticUserError, TypeError, NameError):
+    except (PydanticUserError, SchemaError, TypeError, NameError):
         return  # not a type that data can have: a protocol or another built object
     try:
         adapter.validate_python(value)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from typing import TypeVar
 
 from rich.console import Console
@@ -19,6 +20,12 @@ T = TypeVar("T")
 def say(text: str) -> None:
     """One plain line, on the console and in the run's text log."""
     logging.getLogger("mvsplit").info(text)
+
+
+@lru_cache(maxsize=1000)
+def say_once(text: str) -> None:
+    """The same, unless it was said before."""
+    say(text)
 
 
 def console() -> Console:

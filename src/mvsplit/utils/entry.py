@@ -53,10 +53,20 @@ def run(main: Callable[[DictConfig], Any], config_name: str) -> None:
 
 
 def plain_overrides(argv: Sequence[str]) -> list[str]:
-    """Make `logger=null` and its like work: Hydra calls leaving out a group with a default `~logger`."""
+    """Make `logger=null` and its like, and braces in names of shards, work as they are typed.
+
+    Hydra calls leaving out a group with a default `~logger`.
+    """
     groups = {f"{group}=null": f"~{group}" for group in ("callbacks", "logger")}
     absent = {f"{group}=null" for group in ("debug", "experiment", "hparams_search")}  # what they are anyway
-    return [groups.get(arg, arg) for arg in argv if arg not in absent]
+    return [_quoted(groups.get(arg, arg)) for arg in argv if arg not in absent]
+
+
+def _quoted(arg: str) -> str:
+    """Let data.train=train-{000..146}.tar be typed as it is: braces are Hydra's own unless they are quoted."""
+    key, _, value = arg.partition("=")
+    unquoted = key.lstrip("+") in ("data.train", "data.val") and "{" in value and value[0] not in "'\""
+    return f'{key}="{value}"' if unquoted else arg
 
 
 @contextmanager
@@ -70,6 +80,10 @@ def told() -> Iterator[None]:
         if not is_users(error):
             raise
         sys.exit(fail(explain(error)))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(fail(f"data.num_workers: a reading process was ended from outside ({str(error).splitlines()[0]})"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -122,8 +136,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OmegaConfBaseException):
         cause = error.__cause__
         return str(cause) if isinstance(cause, UserError) else str(error).splitlines()[0]
-    if isinstance(error, UserError) and str(error).startswith("Caught "):  # raised in a reading process
-        return str(error).splitlines()[-1].partition("UserError: ")[2]
+    if str(error).startswith("Caught "):  # raised in a reading process
+        return str(error).splitlines()[-1].partition("UserError: ")[2] or str(error).splitlines()[-1]
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
