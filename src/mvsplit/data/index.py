@@ -95,9 +95,10 @@ class ShardIndex:
         if not offset:
             return name
         try:
-            with storage.cached(location).open("rb") as file:
-                file.seek(offset - 512)  # the header right before the data
-                return f"{name}:{split_name(tarfile.TarInfo.frombuf(file.read(512), 'utf-8', 'replace').name)[0]}"
+            file = os.open(storage.cached(location), os.O_RDONLY | os.O_NONBLOCK)
+            with os.fdopen(file, "rb", buffering=0):
+                header = os.pread(file, 512, offset - 512)  # right before the data
+            return f"{name}:{split_name(tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name)[0]}"
         except (OSError, tarfile.TarError):
             return f"{name}:byte {offset}"
 

@@ -81,6 +81,8 @@ class Storage:
         Raises:
             UserError: if the folder does not exist, nothing matches, or the pattern cannot be used there.
         """
+        if not pattern.isprintable():
+            raise UserError(f"data: {pattern!r} is no name of shards")
         if "pipe:" in pattern:
             raise UserError(f"data: '{pattern}': pipe: runs a shell; see data.reader and data.allow_pipe")
         names = expand_braces(pattern)
@@ -314,7 +316,7 @@ class _Within(fsspec.callbacks.Callback):
         elapsed = time.monotonic() - self._since
         if elapsed > self.window_s:
             if self.value - self._had < MIN_RATE * elapsed:
-                raise TimeoutError(f"slower than {MIN_RATE} bytes a second")
+                raise ConnectionError(f"slower than {MIN_RATE} bytes a second")
             self._since, self._had = time.monotonic(), self.value
 
 
