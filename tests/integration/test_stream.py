@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from servers import serve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mvsplit.data.datamodule import StreamLoader
-from mvsplit.data.index import load_index
+from mvsplit.data.index import ShardIndex, load_index, read_index, write_index
 from mvsplit.data.order import StreamBatches, StreamOrder
 from mvsplit.data.reader import collate
+from mvsplit.data.scan import stamp
 from mvsplit.utils.errors import UserError
 
 from .conftest import differences, state
@@ -109,6 +111,8 @@ def test_the_loader_killed_ten_times_and_resumed_otherwise_reads_the_same(tmp_pa
                 os.kill(rank, signal.SIGKILL)
         for rank in ranks:
             _, status = os.waitpid(rank, 0)
+            with suppress(ProcessLookupError):
+                os.killpg(rank, signal.SIGKILL)  # a reading process that was not up yet
             assert status in ((signal.SIGKILL, 0) if attempt < 10 else (0,))
         reached = max(recorded(folders, G), default=0) // G
         done = chance.randint(max(0, reached - 4), max(0, reached - 1)) if attempt < 9 else 30  # the last checkpoint
@@ -314,12 +318,17 @@ def test_ranks_stop_together_and_tell_once(run_script: Run, tmp_path: Path) -> N
     """A sample that only one rank reads, damaged after indexing: both stop at that step, one line is printed."""
     folder = tmp_path / "set"
     paths = shards(folder, 100)
-    options = on(folder, "trainer=ddp_sim", "data.val=train-000000.tar", "trainer.val_check_interval=100")
+    options = on(folder, "trainer=ddp_sim", "data.val=train-000000.tar", "trainer.val_check_interval=100",
+                 f"data.storage.cache_dir={tmp_path}/cache")  # fmt: skip
     assert run_script("train.py", *options, "trainer.max_steps=1", "task_name=index").returncode == 0
-    data, stat = bytearray(paths[5].read_bytes()), paths[5].stat()
+    data = bytearray(paths[5].read_bytes())
     data[3 * 2048 + 1024 + 512 + 40] ^= 1
     paths[5].write_bytes(data)
-    os.utime(paths[5], ns=(stat.st_atime_ns, stat.st_mtime_ns))  # unseen by the index
+    for kept in (tmp_path / "cache" / "indices").iterdir():  # unseen by the index, as on a dying disk
+        old = read_index(kept, str(folder))
+        assert old is not None
+        stamped = [replace(shard, stamp_ns=stamp((folder / shard.name).stat())) for shard in old.shards]
+        write_index(kept, ShardIndex(str(folder), stamped, old.columns))
     result = run_script("train.py", *options, "trainer.max_steps=20")
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -397,3 +406,19 @@ def test_a_pipe_that_was_allowed_is_read(train_here: Train, data_dir: Path) -> N
     pipe = f"data.train='pipe:cat {data_dir}/digits/train-000000.tar'"
     metrics, _ = train_here("data.reader=webdataset", "data.allow_pipe=true", pipe, "trainer.max_steps=3")
     assert metrics["train/loss"] < 5
+
+
+def test_a_signal_to_all_processes_is_one_to_the_run(script: Callable[..., list[str]], tmp_path: Path) -> None:
+    """As schedulers send it: reading processes too. The run saves and ends as told, without a traceback."""
+    command = script("train.py", *STREAM, "data.num_workers=2", "trainer.max_steps=4000", "task_name=all")
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not list(tmp_path.glob("logs/all/runs/*/checkpoints/last.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "saving step" in out
+    assert "Traceback" not in err

@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -275,7 +276,7 @@ class ShardDataModule(L.LightningDataModule):
             "pin_memory": self.pin_memory and torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
             "collate_fn": collate,
-            "worker_init_fn": outlive_first_sigterm,
+            "worker_init_fn": partial(start_worker, parent=os.getpid()),
         }
 
     def _ahead(self, order: StreamOrder) -> Callable[[int], None]:
@@ -394,11 +395,16 @@ class ShardDataModule(L.LightningDataModule):
             self.counts["train"] = FaultCounts(Counter(faults["counts"]), faults["samples"])
 
 
-def outlive_first_sigterm(worker: int) -> None:
+def start_worker(worker: int, parent: int) -> None:
     """For reading processes: who stops a job signals all of its processes, but the training needs these to the end.
 
     They end with it; a second signal, such as the loader's own, ends them at once.
+
+    Args:
+        parent: the training process; PyTorch's own watch does not notice if it has gone already.
     """
+    if os.getppid() != parent:
+        os._exit(1)
     signals = 0
 
     def count(number: int, frame: Any) -> None:
