@@ -508,6 +508,22 @@ def test_relabelled_shards_are_scanned_again(tmp_path: Path) -> None:
     assert index(tmp_path, pattern="train-*.tar").columns["label"][0] == 8
 
 
+def test_a_shard_damaged_after_encoding_keeps_its_numbers(tmp_path: Path) -> None:
+    """The index beside the shards is older than the damage, which makes the shard look rewritten."""
+    from mvsplit.data.index import write_index
+
+    path = shards(tmp_path, 30)[1]
+    whole = index(tmp_path, pattern="train-*.tar")
+    write_index(tmp_path / "train.index.safetensors", whole)
+    for file in (tmp_path / "cache" / "indices").iterdir():
+        file.unlink()
+    time.sleep(0.02)
+    cut(4 * SECOND)(path)
+    after = index(tmp_path, SUBSTITUTE, "train-*.tar")
+    assert after.fingerprint == whole.fingerprint
+    assert index(tmp_path, SUBSTITUTE, "train-*.tar").fingerprint == whole.fingerprint
+
+
 def test_classes_of_validation_are_those_of_training(tmp_path: Path) -> None:
     for split, names in (("train", "abc"), ("val", "ac")):
         for name in (*names, ".hidden"):

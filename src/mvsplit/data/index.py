@@ -154,7 +154,7 @@ def load_index(
 
     key = json.dumps([folder, names, sorted(form.members.items())])
     place = storage.cache_dir / "indices" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    known = _known(read_index(place, folder), layout)
+    known = former = _known(read_index(place, folder), layout)
     if layout == "folders":
         digests = {name: folder_digest(Path(folder, name), files[Path(name).name]) for name in names}
         known = {name: part for name, part in known.items() if part[0].sha256 == digests.get(name)}
@@ -162,9 +162,10 @@ def load_index(
         beside = _beside(storage, folder, own_index(pattern))
         if is_remote(folder) or (beside.exists() and not (place.exists() and _newer(place, beside))):
             own = _known(read_index(beside, folder), layout)
-            known |= {name: part for name, part in own.items() if is_remote(folder) or _adopt(part[0], folder, beside)}
+            former = known | own
+            known = known | {n: part for n, part in own.items() if is_remote(folder) or _adopt(part[0], folder, beside)}
     known = {name: (_stamped(shard, folder), columns) for name, (shard, columns) in known.items()}
-    index = _updated(folder, names, known, scan, policy, place)
+    index = _updated(folder, names, known, former, scan, policy, place)
     _judge(index, policy)
     return index
 
@@ -173,13 +174,20 @@ def _updated(
     folder: str,
     names: list[str],
     known: dict[str, tuple[Shard, Columns]],
+    former: dict[str, tuple[Shard, Columns]],
     scan: Callable[[str], tuple[Shard, Columns]],
     policy: FaultPolicy,
     place: Path,
 ) -> ShardIndex:
-    """Scan what is not known, keeping the index from time to time: an interruption costs no more."""
+    """Scan what is not known, keeping the index from time to time: an interruption costs no more.
+
+    Args:
+        known: what may still hold. former: what was known before, for shards that have been damaged since.
+    """
     stale = [name for name in names if not _holds(known.get(name), folder, name)]
     done = {name: known[name] for name in names if name in known}
+    if not stale:
+        return merge(folder, [done[name] for name in names])
 
     def save() -> None:
         try:
@@ -193,7 +201,7 @@ def _updated(
     try:
         with progress(f"indexing {folder}, shards", len(names), len(names) - len(stale)) as advance:
             for name in stale:
-                new, old = next(scanned), known.get(name)
+                new, old = next(scanned), former.get(name)
                 if new[0].findings and policy.action == "fatal":
                     raise UserError(new[0].findings[0].message)
                 if new[0].findings and old is not None and old[0].samples > new[0].samples:
@@ -208,8 +216,7 @@ def _updated(
                     saved = time.monotonic()
     finally:
         pool.shutdown(cancel_futures=True)
-        if stale:
-            save()
+        save()
     return merge(folder, [done[name] for name in names])
 
 
@@ -265,8 +272,9 @@ def _named(storage: Storage, folder: str, pattern: str) -> list[str]:
     manifest = read_manifest(storage, folder, pattern)
     if manifest is None or expand_braces(pattern) != [pattern] or not any(c in pattern for c in "*?["):
         return names
-    listed = [str(shard.get("name")) for shard in manifest.get("shards", []) if isinstance(shard, dict)]
-    listed = [name for name in listed if fnmatch(name, pattern)]
+    shards = manifest.get("shards")
+    listed = [str(s.get("name")) for s in shards if isinstance(s, dict)] if isinstance(shards, list) else []
+    listed = [name for name in listed if fnmatch(name, pattern) and "/" not in name]
     if listed and (others := sorted(set(names) - set(listed))):
         raise UserError(f"data: {folder}/{others[0]} is not named in {set_name(pattern)}.manifest.json")
     return sorted({*names, *listed})
