@@ -519,6 +519,8 @@ def test_a_shard_damaged_after_encoding_keeps_its_numbers(tmp_path: Path) -> Non
         file.unlink()
     time.sleep(0.02)
     cut(4 * SECOND)(path)
+    with pytest.raises(UserError, match=r"train-000001\.tar"):
+        index(tmp_path, pattern="train-*.tar")
     after = index(tmp_path, SUBSTITUTE, "train-*.tar")
     assert after.fingerprint == whole.fingerprint
     assert index(tmp_path, SUBSTITUTE, "train-*.tar").fingerprint == whole.fingerprint

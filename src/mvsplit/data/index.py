@@ -185,7 +185,8 @@ def _updated(
         known: what may still hold. former: what was known before, for shards that have been damaged since.
     """
     stale = [name for name in names if not _holds(known.get(name), folder, name)]
-    done = {name: known[name] for name in names if name in known}
+    # What is saved of a shard that was not scanned yet must not pass for what it is now: no file has this stamp.
+    done = {name: (replace(shard, stamp_ns=1), columns) for name, (shard, columns) in former.items()} | known
     if not stale:
         return merge(folder, [done[name] for name in names])
 

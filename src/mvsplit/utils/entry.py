@@ -30,7 +30,8 @@ def run(main: Callable[[DictConfig], Any], config_name: str) -> None:
     A user's mistake prints `error: …` and exits with 2; Ctrl-C exits with 130; a defect of ours keeps its traceback.
     """
     register_resolvers()
-    sys.argv = plain_overrides(sys.argv)
+    with told():
+        sys.argv = plain_overrides(sys.argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # we tell what matters ourselves
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # their tables
     for expected in ("Checkpoint directory .* exists", "The dirpath has changed", "The number of training batches",
@@ -57,6 +58,9 @@ def plain_overrides(argv: Sequence[str]) -> list[str]:
 
     Hydra calls leaving out a group with a default `~logger`.
     """
+    for key in ("data.train", "data.val"):
+        if (times := sum(arg.startswith(f"{key}=") for arg in argv)) > 1:
+            raise UserError(f"{key}: given {times} times; quote it, or the shell spells out {{000..146}} by itself")
     groups = {f"{group}=null": f"~{group}" for group in ("callbacks", "logger")}
     absent = {f"{group}=null" for group in ("debug", "experiment", "hparams_search")}  # what they are anyway
     return [_quoted(groups.get(arg, arg)) for arg in argv if arg not in absent]
