@@ -27,8 +27,8 @@ class DataFaults(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         counts = trainer.datamodule.counts["train"].counts
-        left_out = trainer.datamodule.left_out
+        left_out = {"left_out": trainer.datamodule.left_out} if trainer.datamodule.left_out else {}
         if (counts or left_out) and trainer.global_step % trainer.log_every_n_steps == 0:
-            metrics = {f"data/{kind}": float(n) for kind, n in counts.items()} | {"data/left_out": float(left_out)}
+            metrics = {f"data/{kind}": float(n) for kind, n in (counts | left_out).items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, trainer.global_step - 1)

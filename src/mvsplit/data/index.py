@@ -208,7 +208,7 @@ def _updated(
                 if new[0].findings and old is not None and old[0].samples > new[0].samples:
                     # Damaged since: its samples keep their numbers, and reading them tells what is gone.
                     gone = old[0].samples - new[0].samples
-                    say(f"data: {new[0].findings[0].message}; of the indexed samples {gone} are gone")
+                    say_once(f"data: {new[0].findings[0].message}; of the indexed samples {gone} are gone")
                     new = old
                 done[name] = new
                 advance(1)

@@ -89,7 +89,8 @@ class ShardReader(Dataset[Sample]):
                 break
             except DataFault as fault:
                 last = attempt == MAX_SUBSTITUTES
-                findings.append(Finding(fault.kind, str(fault), hopeless=last))
+                if attempt == 0 or last:  # counted per place of the stream, not per try
+                    findings.append(Finding(fault.kind, str(fault), hopeless=last))
                 if self.policy.action == "fatal" or not self.train or last:
                     sample = self.form.blank() | {"label": 0, "index": first, "position": position, "weight": 0.0}
                     sample |= {self._captions: ""} if self._captions else {}

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import hydra
@@ -59,8 +60,10 @@ def plain_overrides(argv: Sequence[str]) -> list[str]:
     Hydra calls leaving out a group with a default `~logger`.
     """
     for key in ("data.train", "data.val"):
-        if (times := sum(arg.startswith(f"{key}=") for arg in argv)) > 1:
-            raise UserError(f"{key}: given {times} times; quote it, or the shell spells out {{000..146}} by itself")
+        if any(one.startswith(f"{key}=") and two.startswith(f"{key}=") for one, two in pairwise(argv)):
+            raise UserError(
+                f"{key}: given several times in a row; quote it, or the shell spells out {{000..146}} itself"
+            )
     groups = {f"{group}=null": f"~{group}" for group in ("callbacks", "logger")}
     absent = {f"{group}=null" for group in ("debug", "experiment", "hparams_search")}  # what they are anyway
     return [_quoted(groups.get(arg, arg)) for arg in argv if arg not in absent]
