@@ -106,7 +106,7 @@ def test_braces_are_typed_as_they_are_or_refused() -> None:
     assert plain_overrides(["data.train=t-{0..3}.tar", "data.val='v-{0..3}'"])[0] == 'data.train="t-{0..3}.tar"'
     assert compose_config('data.train="t-{0..3}.tar"').data.train == "t-{0..3}.tar"
     with pytest.raises(
-        UserError, match=r"data\.train: given several times in a row; quote it"
+        UserError, match=r"data\.train: given several times; quote it"
     ):  # what bash makes of it unquoted
         plain_overrides(["data.train=t-0.tar", "data.train=t-1.tar"])
 

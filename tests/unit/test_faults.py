@@ -632,12 +632,12 @@ def test_forged_indices_and_manifests_are_no_news(tmp_path: Path) -> None:
             form.bind({"data"}, json.loads(json.dumps(good | change)))
 
 
-def test_latents_of_other_types_or_not_finite_are_damage() -> None:
+def test_latents_of_other_types_are_damage() -> None:
     import safetensors.torch
 
     form = Latents([2, 2], 1)
     mean, std = torch.ones(1, 2, 2), torch.zeros(1, 2, 2)
     assert form.decode(safetensors.torch.save({"mean": mean, "std": std}), 0, True)["mean"].dtype == torch.bfloat16
-    for bad in (mean / 0, mean.to(torch.float8_e4m3fn), mean.to(torch.complex64)):
+    for bad in (mean.to(torch.float8_e4m3fn), mean.to(torch.complex64)):
         with pytest.raises(ValueError, match="latent"):
             form.decode(safetensors.torch.save({"mean": bad, "std": std}), 0, True)

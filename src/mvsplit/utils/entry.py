@@ -61,9 +61,7 @@ def plain_overrides(argv: Sequence[str]) -> list[str]:
     """
     for key in ("data.train", "data.val"):
         if any(one.startswith(f"{key}=") and two.startswith(f"{key}=") for one, two in pairwise(argv)):
-            raise UserError(
-                f"{key}: given several times in a row; quote it, or the shell spells out {{000..146}} itself"
-            )
+            raise UserError(f"{key}: given several times; quote it, or the shell spells out {{000..146}} itself")
     groups = {f"{group}=null": f"~{group}" for group in ("callbacks", "logger")}
     absent = {f"{group}=null" for group in ("debug", "experiment", "hparams_search")}  # what they are anyway
     return [_quoted(groups.get(arg, arg)) for arg in argv if arg not in absent]
