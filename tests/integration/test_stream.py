@@ -139,13 +139,18 @@ STREAM = [
 ]
 
 
+def found(folder: Path, name: str) -> list[Path]:
+    """Files of that name anywhere below; unlike glob, it bears folders that vanish meanwhile, as old checkpoints do."""
+    return [Path(parent, name) for parent, _, files in os.walk(folder) if name in files]
+
+
 def kill_somewhere(command: list[str], cwd: Path, folder: Path, lines: int) -> None:
     """Start the command and kill -9 its main process once it has recorded so many batches."""
     process = subprocess.Popen(
         command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 120
-    while sum(file.read_text().count("\n") for file in folder.rglob("samples_rank_0.txt")) < lines:
+    while sum(file.read_text().count("\n") for file in found(folder, "samples_rank_0.txt")) < lines:
         assert process.poll() is None, "ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.002)
