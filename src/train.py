@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from omegaconf import DictConfig
 
 from mvsplit.training import run
+from mvsplit.training.strategies import FolderCheckpoints
 from mvsplit.utils import entry
 from mvsplit.utils.config import build, build_each, check_config, to_plain
 from mvsplit.utils.errors import UserError
@@ -49,6 +50,7 @@ def _train(config: dict[str, Any], output_dir: Path) -> tuple[dict[str, float], 
         "callbacks": callbacks,
         "logger": loggers or False,
         "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),  # ours, or none
+        "plugins": [FolderCheckpoints()],
         "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),
     }
     trainer: L.Trainer = build(config["trainer"] | settings)

@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 
+from mvsplit.training.folder import Saved
+
 
 def last(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    """The state of a run's last checkpoint, with the weights, the optimiser's tensors and the averages by name."""
+    saved = Saved(run / "checkpoints" / "last.ckpt").verify()
+    kinds = {kind: saved.tensors(kind) for kind in ("weights", "optimizer", "ema")}
+    return saved.state() | {"tensors": {kind: {name: t.whole(name) for name in t} for kind, t in kinds.items()}}
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
@@ -22,10 +27,14 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [f"{path}: {a} != {b}"]
 
 
-STATE = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ShardDataModule")
+STATE = ("tensors", "optimizer", "lr_schedulers", "global_step", "ShardDataModule")
 
 
 def state(run: Path) -> dict[str, Any]:
     """What a run is: weights, optimiser, schedule, average, data position. Paths and loop counters are left out."""
     content = last(run)
-    return {key: content[key] for key in STATE} | {"ema": content["callbacks"]["EMA"]}
+    return {key: content[key] for key in STATE} | {"updates": content["callbacks"]["EMA"]["num_updates"]}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return last(run)["tensors"]["weights"]

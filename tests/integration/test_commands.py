@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import differences, last, state
+from .conftest import differences, last, state, weights
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 LONG = ["trainer.max_steps=60", "trainer.val_check_interval=20", "callbacks.last.every_n_steps=5"]
@@ -79,8 +79,8 @@ def test_two_ranks_train_like_one(run_script: Run, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     (one,), (two,) = runs(tmp_path, "one"), runs(tmp_path, "two")  # both ranks share one folder
     assert last(two)["global_step"] == 6
-    compare_weights(last(one)["state_dict"], last(two)["state_dict"])
-    compare_weights(state(one)["ema"]["shadow"], state(two)["ema"]["shadow"])
+    compare_weights(weights(one), weights(two))
+    compare_weights(last(one)["tensors"]["ema"], last(two)["tensors"]["ema"])
 
 
 def compare_weights(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> None:

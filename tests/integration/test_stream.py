@@ -23,9 +23,10 @@ from mvsplit.data.index import ShardIndex, load_index, read_index, write_index
 from mvsplit.data.order import StreamBatches, StreamOrder
 from mvsplit.data.reader import collate
 from mvsplit.data.scan import stamp
+from mvsplit.training.folder import Saved, Slice, write
 from mvsplit.utils.errors import UserError
 
-from .conftest import differences, state
+from .conftest import differences, state, weights
 from .test_commands import runs
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -245,17 +246,19 @@ def test_resumed_with_other_micro_batches(train_here: Train, tmp_path: Path, fir
     metrics, objects = train_here(*options(then), "ckpt_path=last", run="cut")
     assert objects["trainer"].global_step == 6
     assert recorded([tmp_path / "cut"], 8) == recorded([tmp_path / "whole"], 8)
-    for name, weight in state(tmp_path / "whole")["state_dict"].items():
-        torch.testing.assert_close(state(tmp_path / "cut")["state_dict"][name], weight, rtol=1e-3, atol=1e-4, msg=name)
+    for name, weight in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "cut")[name], weight, rtol=1e-3, atol=1e-4, msg=name)
     assert "val/loss" in metrics
 
 
 def test_a_state_that_does_not_fit_the_step_is_refused(train_here: Train, tmp_path: Path) -> None:
     train_here("trainer.max_steps=4")
-    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    content = torch.load(path, weights_only=True)
+    saved = Saved(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    content = saved.state()
     content["ShardDataModule"]["samples"] -= 8
-    torch.save(content, path)
+    kinds = {kind: saved.tensors(kind) for kind in saved.kinds}
+    slices = {kind: {name: Slice.whole(tensors.whole(name)) for name in tensors} for kind, tensors in kinds.items()}
+    write(saved.path, content, slices, together=False)
     with pytest.raises(UserError, match=r"the data's state \(24 samples\) does not fit step 4 × data\.batch_size 8"):
         train_here("ckpt_path=last")
 
@@ -363,7 +366,7 @@ def test_training_from_a_server_that_stumbles(train_here: Train, tmp_path: Path,
         train_here(*options, "data.num_workers=2", run="again")
     assert first["datamodule"].counts["train"].faults == 0
     for name in ("http", "again"):
-        assert differences(state(tmp_path / "disk")["state_dict"], state(tmp_path / name)["state_dict"]) == []
+        assert differences(weights(tmp_path / "disk"), weights(tmp_path / name)) == []
 
 
 def test_sets_too_large_to_index_stream_through_webdataset(

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from mvsplit.callbacks.ema import EMA
 from mvsplit.models.conditioning import ClassTokens
 from mvsplit.models.dit import DiT
 from mvsplit.models.residuals import MVSplit
-from mvsplit.training.checkpoints import check_fits, read_checkpoint
+from mvsplit.training.checkpoints import check_fits
 from mvsplit.training.optim import AdamW
 from mvsplit.utils.errors import UserError
 
@@ -42,7 +41,9 @@ def test_schedule_warms_up_then_stays_or_falls() -> None:
 
 def test_average_follows_its_formula() -> None:
     class Holder(nn.Module):
-        network = nn.Linear(3, 2)
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Linear(3, 2)
 
     class FakeTrainer:
         global_step = 0
@@ -58,63 +59,21 @@ def test_average_follows_its_formula() -> None:
             ema.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
         decay = min(0.6, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * module.network.weight.detach()
-    torch.testing.assert_close(ema.shadow["weight"], expected)
+    torch.testing.assert_close(ema.shadow["network.weight"], expected)
     trained = module.network.weight.detach().clone()
     ema.on_validation_start(trainer, module)  # type: ignore[arg-type]
-    assert torch.equal(module.network.weight, ema.shadow["weight"])
+    assert torch.equal(module.network.weight, ema.shadow["network.weight"])
     ema.on_validation_end(trainer, module)  # type: ignore[arg-type]
     assert torch.equal(module.network.weight, trained)
 
 
-def test_checkpoints_of_others_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.ckpt"
-    with pytest.raises(UserError, match="there is no such file"):
-        read_checkpoint(path)
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
-        read_checkpoint(path)
-    torch.save({"state_dict": {"a": torch.ones(2)}}, path)
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
-        read_checkpoint(path)
-
-
-class Canary:
-    """Pickled, it would create a file when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.path,)
-
-
-def test_poisoned_checkpoint_runs_nothing(tmp_path: Path) -> None:
-    path, canary = tmp_path / "x.ckpt", tmp_path / "canary"
-    torch.save({"mvsplit": "1", "state_dict": Canary(canary)}, path)
-    with pytest.raises(UserError, match="damaged, or not a checkpoint of tensors"):
-        read_checkpoint(path)
-    assert not canary.exists()
-
-
-def test_one_changed_byte_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "x.ckpt"
-    content = {"mvsplit": "1", "global_step": 1, "callbacks": {}, "loops": {}, "state_dict": {"a": torch.ones(1000)}}
-    torch.save(content, path)
-    assert read_checkpoint(path)["state_dict"]["a"].sum() == 1000
-    data = bytearray(path.read_bytes())
-    data[data.index(torch.ones(4).numpy().tobytes()) + 400] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match="fails its checksum"):
-        read_checkpoint(path)
-
-
 def test_weights_of_another_network_are_named() -> None:
-    ours = {"a": torch.ones(2), "b": torch.ones(3)}
+    ours = {"a": (2,), "b": (3,)}
     check_fits(ours, ours)
     with pytest.raises(UserError, match="the checkpoint has no 'b'"):
-        check_fits({"a": torch.ones(2)}, ours)
+        check_fits({"a": (2,)}, ours)
     with pytest.raises(UserError, match=r"'a' is \(5,\) there and \(2,\) here"):
-        check_fits({"a": torch.ones(5), "b": torch.ones(3)}, ours)
+        check_fits({"a": (5,), "b": (3,)}, ours)
 
 
 def test_cosine_is_a_cosine() -> None:

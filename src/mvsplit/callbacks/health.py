@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mvsplit.training.shards import gradient_norms
 from mvsplit.utils.errors import AgreedError
 
 
@@ -36,13 +36,15 @@ class NonFiniteStop(Callback):
         self._loss = loss.detach() * trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        if engine is not None and not engine.is_gradient_accumulation_boundary():
+            # DeepSpeed is asked for a step after each micro-batch. A loss that is not finite is in the gradient too.
+            return
+        norm = gradient_norms(module).get("", math.nan)
         finite = bool(self._loss.isfinite())
-        if gradients:  # DeepSpeed keeps its own, see on_train_batch_end
-            norm = torch.nn.utils.get_total_norm(gradients)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if trainer.precision != "16-mixed":  # there, a loss scaler skips the step and tries a smaller scale
             module.log("train/grad_norm", norm)
-            finite = finite and bool(norm.isfinite())
+            finite = finite and math.isfinite(norm)
         # All ranks stop together: one alone would leave the others waiting for it.
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             path = self._report(trainer, module)
@@ -51,31 +53,15 @@ class NonFiniteStop(Callback):
                 f" no step was taken, see {path}"
             )
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        engine = getattr(trainer.strategy, "deepspeed_engine", None)
-        norm = engine.get_global_grad_norm() if engine is not None else None
-        if norm is None:
-            return
-        module.log("train/grad_norm", float(norm))
-        if not math.isfinite(norm):  # the same on all ranks
-            raise AgreedError(
-                f"the gradient's norm is not finite at step {trainer.global_step - 1}; DeepSpeed tells it only after"
-                " the step: go on from an earlier checkpoint"
-            )
-
     def _report(self, trainer: Trainer, module: LightningModule) -> Path:
-        squares: dict[str, float] = defaultdict(float)
-        for name, parameter in module.named_parameters():
-            if parameter.grad is not None:
-                family = ".".join(part for part in name.split(".") if not part.isdigit())
-                squares[family] += float(parameter.grad.detach().float().square().sum())
+        norms = gradient_norms(module, lambda name: ".".join(p for p in name.split(".") if not p.isdigit()))
         report = {
             "step": trainer.global_step,
             "rank": trainer.global_rank,
             "loss": str(self._loss.item()),
             "samples": self._batch["index"].tolist(),
             "positions": self._batch["position"].tolist(),
-            "gradient_norms": {family: str(math.sqrt(s)) for family, s in squares.items()},
+            "gradient_norms": {family: str(norm) for family, norm in norms.items()},
         }
         path = self.folder / f"nonfinite_step_{trainer.global_step}_rank_{trainer.global_rank}.json"
         path.write_text(json.dumps(report, indent=2))

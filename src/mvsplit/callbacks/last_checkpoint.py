@@ -1,7 +1,6 @@
 """The checkpoint that a run resumes from: every N steps, at the end, and when somebody stops the run."""
 
 import os
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -13,25 +12,26 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import PositiveInt
 
+from mvsplit.training.folder import remove
 from mvsplit.utils.console import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `<folder>/last-<step>.ckpt` and points `last.ckpt` at it, atomically; then removes the one before.
+    """Writes `<folder>/last-<step>.ckpt` and points `last.ckpt` at it, atomically; then removes all but some before.
 
-    A run killed at any moment leaves a whole checkpoint behind `last.ckpt`. Ctrl-C and SIGTERM only raise a flag;
-    at the end of the running step all ranks agree, save together and stop. (Lightning's own handlers act inside the
-    signal: with several ranks they can deadlock, and Ctrl-C loses the steps since the last save.) A second Ctrl-C
-    stops at once.
+    A run killed at any moment leaves a whole checkpoint behind; should the newest be damaged later, there is another.
+    Ctrl-C and SIGTERM only raise a flag; at the end of the running step all ranks agree, save together and stop.
+    (Lightning's own handlers act inside the signal: with several ranks they can deadlock, and Ctrl-C loses the steps
+    since the last save.) A second Ctrl-C stops at once.
 
     Args:
-        folder: of the checkpoints. every_n_steps: optimiser steps between two saves.
+        folder: of the checkpoints. every_n_steps: optimiser steps between two saves. keep: the last so many.
     """
 
-    def __init__(self, folder: str, every_n_steps: PositiveInt = 100) -> None:
-        self.folder, self.every_n_steps = Path(folder), every_n_steps
+    def __init__(self, folder: str, every_n_steps: PositiveInt = 100, keep: PositiveInt = 2) -> None:
+        self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
         self.received: signal.Signals | None = None
         """The signal that stopped the run, on every rank, if one did."""
         self._flag = 0
@@ -93,14 +93,13 @@ class LastCheckpoint(Checkpoint):
             return
         path = self.folder / f"last-{trainer.global_step:08d}.ckpt"
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(path)  # all ranks: sharded states are collective
+        trainer.save_checkpoint(path)  # all ranks: each writes what it holds
         if trainer.is_global_zero:
             link = self.folder / "last.ckpt"
             fresh = self.folder / "last.ckpt.new"
             fresh.unlink(missing_ok=True)
             fresh.symlink_to(path.name)
             os.replace(fresh, link)
-            for old in self.folder.glob("last-*.ckpt"):
-                if old.name != path.name:
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+            for old in sorted(self.folder.glob("last-*.ckpt"))[: -self.keep]:
+                remove(old)
         trainer.strategy.barrier("last_checkpoint")

@@ -1,61 +1,40 @@
-"""Read checkpoints: only tensors and plain containers are ever loaded, never code."""
+"""What is done with checkpoints (`folder.py` reads and writes them): fit them to a network, draw from them, convert."""
 
-import pickle
-import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mvsplit import __version__
+from mvsplit.training.folder import PARTIAL, Saved, Tensors, write_safetensors
 from mvsplit.utils.config import build, check_config
+from mvsplit.utils.console import track
 from mvsplit.utils.errors import UserError
 
-MARK = "mvsplit"
-"""Key that says the checkpoint is ours; its value is the version that wrote it."""
+NETWORK = "network."
+"""What the names of the network's weights begin with in a checkpoint, which holds the whole module's."""
+RAW = "raw."
+"""What the names of the trained weights begin with in a converted file."""
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, tensors mapped from the file.
-
-    Raises:
-        UserError: if the file is missing, damaged, or not one of ours.
-    """
-    if path.is_dir():
-        raise UserError(
-            f"ckpt_path = {path}: a sharded checkpoint can be resumed, but not read by one process; give another"
-        )
-    if not path.is_file():
-        raise UserError(f"ckpt_path = {path}: there is no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
-            if (record := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f"{record} fails its checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"ckpt_path = {path}: damaged, or not a checkpoint of tensors ({reason})") from None
-    needed = {MARK, "global_step", "state_dict", "callbacks", "loops"}
-    if not isinstance(content, dict) or not content.keys() >= needed or not isinstance(content["global_step"], int):
-        raise UserError(f"ckpt_path = {path}: not a checkpoint of this project")
-    return content
-
-
-def check_fits(state: dict[str, Tensor], network: dict[str, Tensor]) -> None:
-    """Check that saved weights fit the network.
+def check_fits(saved: Mapping[str, Sequence[int]], network: Mapping[str, Sequence[int]]) -> None:
+    """Check that the shapes of saved weights fit the network's.
 
     Raises:
         UserError: naming the first parameter that does not.
     """
-    for name in sorted(state.keys() | network.keys()):
-        if name not in state or name not in network:
-            where = "the checkpoint" if name not in state else "the network of this config"
+    for name in sorted(saved.keys() | network.keys()):
+        if name not in saved or name not in network:
+            where = "the checkpoint" if name not in saved else "the network of this config"
             raise UserError(f"ckpt_path: the checkpoint belongs to another network; {where} has no '{name}'")
-        if state[name].shape != network[name].shape:
+        if tuple(saved[name]) != tuple(network[name]):
             raise UserError(
-                f"ckpt_path: the checkpoint belongs to another network; '{name}' is {tuple(state[name].shape)} there"
-                f" and {tuple(network[name].shape)} here"
+                f"ckpt_path: the checkpoint belongs to another network; '{name}' is {tuple(saved[name])} there"
+                f" and {tuple(network[name])} here"
             )
 
 
@@ -75,7 +54,8 @@ class SavedRun:
     """A trained network with the config it was trained by.
 
     Args:
-        path: a checkpoint inside a run folder, whose `config.yaml` is read and checked like any other config.
+        path: a checkpoint inside a run folder, whose `config.yaml` is read and checked like any other config; or a
+            file written by `src/convert.py`, which holds the config.
         weights: `ema` for the averaged weights, `raw` for the trained ones.
         schema: of the run's config.
 
@@ -87,27 +67,105 @@ class SavedRun:
     """
 
     def __init__(self, path: Path, weights: Literal["ema", "raw"], schema: type) -> None:
-        content = read_checkpoint(path)
-        self.run = path.parent.parent
-        file = self.run / "config.yaml"
-        if not file.is_file():
-            raise UserError(f"ckpt_path = {path}: {file} is missing; the checkpoint must lie in its run folder")
-        try:
-            config = yaml.safe_load(file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            config = None
-        if not isinstance(config, dict):
-            raise UserError(f"{file}: not the config of a run")
-        self.config: dict[str, Any] = config
-        check_config(self.config, schema)
-        self.step: int = content["global_step"]
-        network: nn.Module = build(self.config["model"])()
-        state = {k.removeprefix("network."): v for k, v in content["state_dict"].items() if k.startswith("network.")}
-        if weights == "ema":
-            shadows = [c["shadow"] for c in content["callbacks"].values() if isinstance(c, dict) and "shadow" in c]
-            if not shadows:
-                raise UserError(f"weights = ema: {path} holds no averaged weights; allowed is raw")
-            state |= shadows[0]
-        check_fits(state, network.state_dict())
+        self.step, config, state = _read_file(path, weights) if path.is_file() else _read_folder(path, weights)
+        check_config(config, schema)
+        self.config = config
+        network: nn.Module = build(config["model"])()
+        shapes = {name: value.shape for name, value in network.state_dict().items()}
+        check_fits({name: value.shape for name, value in state.items()}, shapes)
         network.load_state_dict(state)
         self.network: Any = network.eval()
+
+
+def _read_folder(path: Path, weights: str) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
+    """Step, config and weights of a checkpoint in its run folder."""
+    saved = Saved(path)
+    wanted = weight_kinds(saved, weights)
+    saved.verify(*wanted)
+    state: dict[str, Tensor] = {}
+    for kind in wanted:  # buffers and frozen weights have no average
+        tensors = saved.tensors(kind)
+        state |= {n.removeprefix(NETWORK): tensors.whole(n) for n in tensors if n.startswith(NETWORK)}
+    return saved.step, read_config(saved), state
+
+
+def weight_kinds(saved: Saved, weights: str) -> list[str]:
+    """Kinds of tensors to read, one over the other, for the averaged or the trained weights."""
+    if weights == "ema" and not len(saved.tensors("ema")):
+        raise UserError(f"weights = ema: {saved.path} holds no averaged weights; allowed is raw")
+    return ["weights", "ema"] if weights == "ema" else ["weights"]
+
+
+def read_config(saved: Saved) -> dict[str, Any]:
+    """The config of the run folder that a checkpoint lies in."""
+    file = saved.path.parent.parent / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"ckpt_path = {saved.path}: {file} is missing; the checkpoint must lie in its run folder")
+    return _config(file.read_bytes(), str(file))
+
+
+def _config(text: bytes | str, where: str) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: not the config of a run")
+    return config
+
+
+# -------------------------------------------------------- one file of weights
+
+
+def convert(path: Path, output: Path, weights: Sequence[str], dtype: torch.dtype) -> int:
+    """Write a checkpoint's weights and its config into one safetensors file, tensor by tensor.
+
+    Args:
+        weights: `raw`, `ema` or both; the averaged ones are called like the network's, the trained ones `raw.…`.
+
+    Returns:
+        Number of tensors written.
+
+    Raises:
+        UserError: if the checkpoint is damaged or has no averaged weights.
+    """
+    saved = Saved(path)
+    sources: dict[str, tuple[Tensors, str]] = {}
+    for which in weights:
+        prefix = RAW if which == "raw" else ""
+        for kind in weight_kinds(saved, which):
+            tensors = saved.tensors(kind)
+            sources |= {prefix + n.removeprefix(NETWORK): (tensors, n) for n in tensors if n.startswith(NETWORK)}
+    saved.verify("weights", "ema")
+
+    def type_of(tensors: Tensors, name: str) -> torch.dtype:
+        return dtype if tensors.dtypes[name].is_floating_point else tensors.dtypes[name]
+
+    sizes = {key: (type_of(*source), source[0].shapes[source[1]]) for key, source in sources.items()}
+    values = (source[0].whole(source[1]).to(type_of(*source)) for source in track(list(sources.values()), "writing"))
+    about = {"mvsplit": __version__, "step": str(saved.step), "config": yaml.safe_dump(read_config(saved))}
+    partial = output.with_name(output.name + PARTIAL)
+    partial.unlink(missing_ok=True)
+    write_safetensors(partial, sizes, values, about)
+    partial.replace(output)
+    return len(sources)
+
+
+def _read_file(path: Path, weights: str) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
+    """Step, config and weights of a file that `convert` wrote."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            about = file.metadata() or {}
+            if not about.keys() >= {"mvsplit", "step", "config"}:
+                raise UserError(f"ckpt_path = {path}: not written by this project's src/convert.py")
+            names = [name for name in file.keys() if name.startswith(RAW) == (weights == "raw")]  # noqa: SIM118
+            state = {name.removeprefix(RAW): file.get_tensor(name) for name in names}
+            step = int(about["step"])
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"ckpt_path = {path}: damaged, or not a checkpoint of this project ({error})") from None
+    if not state:
+        other = "raw" if weights == "ema" else "ema"
+        raise UserError(f"weights = {weights}: {path} does not hold them; allowed is {other}")
+    return step, _config(about["config"], str(path)), state

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from mvsplit import __version__
 from mvsplit.flow.objective import Flow, velocity_loss
 from mvsplit.flow.sampler import Sampler, sample_noise
 from mvsplit.flow.times import time_shift
-from mvsplit.training.checkpoints import MARK, check_fits, set_micro_batches
+from mvsplit.training.checkpoints import check_fits, set_micro_batches
 from mvsplit.training.optim import AdamW
+from mvsplit.training.shards import held_optimizer, held_weights, load_optimizer, load_weights, weight_shapes
 from mvsplit.training.strategies import shard_network
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.rng import Seed, Stream, normal, step_seed
@@ -58,6 +58,7 @@ class FlowModule(L.LightningModule):
         self.flow, self.optim, self.sampler, self.seed = flow, optim, sampler, seed
         self.time_bins, self.val_times = time_bins, val_times
         self.network: Any = None
+        self._load_optimizer: Callable[[Any], None] | None = None
         self.mean_loss = nn.ModuleList(MeanMetric() for _ in range(time_bins + 1))  # all times, then each bin
 
     def configure_model(self) -> None:
@@ -74,20 +75,37 @@ class FlowModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        if self._load_optimizer is not None:
+            self._load_optimizer(self.trainer.optimizers[0])
+            self._load_optimizer = None
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
         self.optim.reapply(self.trainer.optimizers[0], scheduler, self.trainer.max_steps)
 
+    # Every strategy saves and loads weights and optimiser here, each process what it holds: see shards.py.
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[MARK] = __version__
+        del checkpoint["state_dict"]
+        tensors = checkpoint.setdefault("tensors", {})
+        tensors["weights"] = held_weights(self)
+        if checkpoint.pop("optimizer_states", None) is not None:
+            checkpoint["optimizer"], tensors["optimizer"] = held_optimizer(self, self.trainer.optimizers[0])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        data = self.trainer.datamodule
-        if self.trainer.training and data is not None and type(data).__qualname__ not in checkpoint:
-            raise UserError("ckpt_path: the checkpoint does not tell which data it was trained on, nor how far")
-        set_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
-        if "state_dict" in checkpoint:  # sharded strategies load weights their own way
-            check_fits(checkpoint["state_dict"], self.state_dict())
+        data, tensors = self.trainer.datamodule, checkpoint["tensors"]
+        if self.trainer.training:
+            if data is not None and type(data).__qualname__ not in checkpoint:
+                raise UserError("ckpt_path: the checkpoint does not tell which data it was trained on, nor how far")
+            if "optimizer" not in checkpoint:
+                raise UserError("ckpt_path: the checkpoint holds weights alone; it cannot be gone on from")
+            set_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
+            # Once the strategy has made it.
+            settings, states = checkpoint["optimizer"], tensors("optimizer")
+            self._load_optimizer = lambda optimizer: load_optimizer(self, optimizer, settings, states)
+        weights = tensors("weights")
+        check_fits(weights.shapes, weight_shapes(self))
+        load_weights(self, weights)
+        checkpoint["state_dict"], checkpoint["optimizer_states"] = self.state_dict(), []  # nothing is left to load
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # For dropout layers of forks: the global generator too is a function of the place in the stream.

@@ -1,7 +1,6 @@
 """Settings of a run: the top-level keys of its config, what must fit together, and what is told at its end."""
 
 import fcntl
-import re
 import secrets
 import signal
 import warnings
@@ -19,13 +18,12 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from mvsplit.callbacks.last_checkpoint import LastCheckpoint
 from mvsplit.callbacks.sample_grid import SampleGrid
-from mvsplit.training.checkpoints import read_checkpoint
+from mvsplit.training.folder import Saved, newest
 from mvsplit.utils.config import check_value
 from mvsplit.utils.console import say, show_table
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.loggers import TensorBoard
 from mvsplit.utils.rng import Seed
-from mvsplit.utils.runs import last_checkpoint
 
 Group = dict[str, Any]
 
@@ -159,18 +157,18 @@ def prepare_resume(config: Group, output_dir: Path) -> Path | None:
     ckpt_path = config["ckpt_path"]
     if ckpt_path is None:
         return None
-    path = last_checkpoint(output_dir) if ckpt_path == "last" else Path(ckpt_path)
-    if ckpt_path == "last" and not path.exists():
-        rank_zero_only(say)("ckpt_path=last: this command has no earlier run to go on with; a new one begins")
-        return None
-    path = path.resolve()
-    if path.is_dir():  # sharded: the strategy reads and checks it; its name tells the step
-        digits = re.search(r"(\d+)\.ckpt$", path.name)
-        if digits is None or "strategy" not in config["trainer"] or isinstance(config["trainer"]["strategy"], str):
-            raise UserError(f"ckpt_path = {path}: a folder; only trainer=deepspeed goes on from one")
-        step = int(digits[1])
+    first = rank_zero_only.rank == 0  # looks at every byte, and decides for all: see `read_checkpoint`
+    if ckpt_path == "last":
+        path = newest(output_dir / "checkpoints", verify=first)
+        if path is None:
+            rank_zero_only(say)("ckpt_path=last: this command has no earlier run to go on with; a new one begins")
+            return None
+        saved = Saved(path)
     else:
-        step = read_checkpoint(path)["global_step"]
+        saved = Saved(Path(ckpt_path))
+        if first:
+            saved.verify()
+    path, step = saved.path, saved.step
     rank_zero_only(say)(f"going on from step {step} of {path}")
     for logger in (config["logger"] or {}).values():
         if logger and logger["_target_"].endswith(".TensorBoard"):

@@ -1,80 +1,71 @@
-"""Sharded training: DeepSpeed ZeRO-3 and FSDP2, on GPUs or on CPU processes, and what code outside may ask of shards.
+"""Sharded training: DeepSpeed ZeRO-3 and FSDP2, on GPUs or on CPU processes; and how all strategies save and load.
 
-The only module that knows DeepSpeed, and it imports it only when it is used.
+The only module that imports DeepSpeed, when it is used; `shards.py` knows where it keeps things.
 """
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from pydantic import PositiveInt
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from mvsplit.models.dit import Block
+from mvsplit.training import folder
 
 
-def local_parameters(network: nn.Module) -> dict[str, Tensor]:
-    """Each parameter's values that this process holds: the parameter itself, or its shard under FSDP2 and ZeRO-3."""
-    _reshard(network)
-    return {name: _local(parameter) for name, parameter in network.named_parameters()}
+class FolderCheckpoints(CheckpointIO):
+    """Checkpoints as folders, for strategies in which the first process holds everything."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        folder.write(Path(path), checkpoint, checkpoint.pop("tensors"), together=False)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        folder.remove(Path(path))
 
 
-def _local(parameter: nn.Parameter) -> Tensor:
-    if hasattr(parameter, "ds_tensor"):
-        return parameter.ds_tensor
-    if isinstance(parameter.data, DTensor):
-        return parameter.data.to_local()
-    return parameter.data
+def read_checkpoint(path: Any) -> dict[str, Any]:
+    """What Lightning hands to those who load: counters and the like; `tensors(kind)` gives the rest when asked.
 
-
-def _reshard(network: nn.Module) -> None:
-    """Give up whole copies of parameters, which both strategies keep for a while after a forward pass."""
-    for parameter in network.parameters():
-        if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
-            parameter.partition()
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def whole_tensors(network: nn.Module, local: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Values held like `local_parameters`, put together over FSDP2's ranks (a collective call); else as they are.
-
-    ZeRO-3 saves a file per rank, so there each rank's shards go as they are.
+    The first process has chosen the checkpoint and looked at its checksums; the others follow it.
     """
-    whole = {}
-    for name, parameter in network.named_parameters():
-        if isinstance(parameter, DTensor) and name in local:
-            shards = DTensor.from_local(
-                local[name],
-                parameter.device_mesh,
-                parameter.placements,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-            whole[name] = shards.full_tensor()
-        elif name in local:
-            whole[name] = local[name]
-    return whole
+    if dist.is_initialized():
+        chosen = [str(path)]
+        dist.broadcast_object_list(chosen)
+        path = chosen[0]
+    saved = folder.Saved(Path(path))
+    return saved.state() | {"tensors": saved.tensors}
 
 
-def local_tensors(network: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `whole_tensors`."""
-    local = dict(whole)
-    for name, parameter in network.named_parameters():
-        if isinstance(parameter, DTensor) and name in whole:
-            full = whole[name].to(parameter.device)
-            local[name] = distribute_tensor(full, parameter.device_mesh, parameter.placements).to_local()
-    return local
+class _Sharded(Strategy):
+    """Saving and loading where each process holds a part: what a strategy says of it to Lightning."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}  # or whole weights would be put together on one process; the module adds what lies here
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        filepath = self.broadcast(filepath)
+        folder.write(Path(filepath), checkpoint, checkpoint.pop("tensors"), together=dist.is_initialized())
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(checkpoint_path)
 
 
-class FSDP2(ModelParallelStrategy):
+class FSDP2(_Sharded, ModelParallelStrategy):
     """Lightning's fully-sharded strategy; blocks are sharded in groups, which costs the host less than one by one.
 
     Args:
@@ -99,7 +90,7 @@ class FSDP2(ModelParallelStrategy):
         fully_shard(network, mesh=mesh)
 
 
-class ZeRO3(DeepSpeedStrategy):
+class ZeRO3(_Sharded, DeepSpeedStrategy):
     """DeepSpeed ZeRO stage 3, on GPUs or on CPU processes (gloo), sized for networks of many equal blocks.
 
     Args:
@@ -166,19 +157,6 @@ class ZeRO3(DeepSpeedStrategy):
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
         self.model, _ = self._setup_model_and_optimizer(model, None)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        # DeepSpeed would unpickle whatever the files hold.
-        self.deepspeed_engine.checkpoint_engine.load = _load_tensors_only
-        return super().load_checkpoint(checkpoint_path, weights_only)
-
-
-def _load_tensors_only(path: str, map_location: Any = None) -> Any:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum]):
-        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def shard_network(module: LightningModule, network: nn.Module) -> None:

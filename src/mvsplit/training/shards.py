@@ -1,0 +1,232 @@
+"""What one process holds of weights, optimiser state and gradients, whichever strategy shares them out.
+
+Plainly and under DDP a process holds whole tensors; under FSDP2 some rows of each; under ZeRO-3 a stretch of each
+flattened one, the weights twice: in the network's precision, and in float32 ("masters"), which the optimiser updates.
+Nothing here is a collective call except where it says so.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from mvsplit.training.folder import Slice, Slices, Tensors
+
+
+def working_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The weights that the forward pass uses, as far as they lie here; writing to them changes the network."""
+    _reshard(network)
+    return {name: _working(parameter) for name, parameter in network.named_parameters()}
+
+
+def _working(parameter: nn.Parameter) -> Tensor:
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor
+    return _local(parameter.data)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _reshard(network: nn.Module) -> None:
+    """Give up whole copies of parameters, which both strategies keep for a while after a forward pass."""
+    for parameter in network.parameters():
+        if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def master_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The weights that the optimiser updates, as far as they lie here: views, if need be in host memory."""
+    return {name: _master(parameter) for name, parameter in network.named_parameters()}
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    optimizer = _zero3(parameter)
+    if optimizer is None:
+        return _working(parameter).detach()
+    return _stretch(optimizer, parameter, lambda flat: flat)
+
+
+def _zero3(parameter: nn.Parameter) -> Any:
+    """DeepSpeed's optimiser, if it trains this parameter."""
+    if not hasattr(parameter, "ds_tensor") or not parameter.requires_grad:
+        return None
+    optimizer = getattr(parameter, "_z3_optimizer", None)
+    return optimizer if hasattr(optimizer, "fp32_partitioned_groups_flat") else None
+
+
+def on_disk(network: nn.Module) -> bool:
+    """Whether the masters lie on NVMe, out of reach between two steps."""
+    return any(getattr(_zero3(parameter), "swap_optimizer", False) for parameter in network.parameters())
+
+
+def _stretch(optimizer: Any, parameter: nn.Parameter, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """A parameter's part of its group's flat buffer, or of what `of` gives for that buffer."""
+    group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    return of(optimizer.fp32_partitioned_groups_flat[group]).detach().narrow(0, offset, length)
+
+
+def extent(parameter: nn.Parameter) -> tuple[tuple[int, ...], int, int]:
+    """Shape of the whole parameter, and which entries of it, flattened, lie here."""
+    if hasattr(parameter, "ds_tensor"):
+        length, rank = parameter.ds_tensor.ds_numel, dist.get_rank(parameter.ds_process_group)
+        start = min(rank * length, parameter.ds_numel)
+        return tuple(parameter.ds_shape), start, min(start + length, parameter.ds_numel)
+    shape = tuple(parameter.shape)
+    if not isinstance(parameter.data, DTensor):
+        return shape, 0, parameter.numel()
+    (placement,) = parameter.placements
+    assert placement.is_shard(0), "FSDP2 shares out rows"
+    mesh = parameter.device_mesh
+    rows = -(-shape[0] // mesh.size())
+    row = parameter.numel() // shape[0]
+    start = min(mesh.get_local_rank() * rows, shape[0])
+    return shape, start * row, min(start + rows, shape[0]) * row
+
+
+def slices_of(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Slice]:
+    """What lies here of values that are shared out like the parameters of these names (padding left out)."""
+    _reshard(module)
+    return {name: _slice(p, values[name]) for name, p in module.named_parameters() if name in values}
+
+
+def _slice(parameter: nn.Parameter, values: Tensor) -> Slice:
+    shape, start, stop = extent(parameter)
+    return Slice(start, shape, values.detach().reshape(-1)[: stop - start])
+
+
+def fill(module: nn.Module, saved: Tensors, values: dict[str, Tensor]) -> None:
+    """Inverse of `slices_of`, in place; names that were not saved are left alone."""
+    _reshard(module)
+    for name, parameter in module.named_parameters():
+        if name in values and name in saved:
+            _fill(parameter, saved, name, values[name])
+
+
+def _fill(parameter: nn.Parameter, saved: Tensors, name: str, values: Tensor) -> None:
+    _, start, stop = extent(parameter)
+    flat = values.detach().view(-1)
+    flat[: stop - start].copy_(saved.read(name, start, stop))
+    flat[stop - start :].zero_()  # ZeRO-3 pads the last shard
+
+
+# ------------------------------------------------------------- weights, to and from a checkpoint
+
+
+def held_weights(module: nn.Module) -> dict[str, Slice]:
+    """Slices of the trained weights, and on the first process the buffers."""
+    slices = slices_of(module, master_weights(module))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for name, value in module.state_dict(keep_vars=True).items():
+            if not isinstance(value, nn.Parameter):
+                slices[name] = Slice.whole(value)
+    return slices
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, saved: Tensors) -> None:
+    """Put saved weights into masters, network and buffers."""
+    working, masters = working_weights(module), master_weights(module)
+    fill(module, saved, masters)
+    for name, weight in working.items():
+        weight.copy_(masters[name])
+    for name, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, nn.Parameter) and name in saved:
+            value.copy_(saved.whole(name))
+
+
+def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all whole weights and buffers."""
+    _reshard(module)
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict(keep_vars=True).items()}
+    return shapes | {name: extent(parameter)[0] for name, parameter in module.named_parameters()}
+
+
+# ----------------------------------------------------- the optimiser, to and from a checkpoint
+
+
+def held_optimizer(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], Slices]:
+    """Settings and counts of the optimiser, and slices of its tensors, `<parameter>/<state>`."""
+    _reshard(module)
+    slices: dict[str, Slice] = {}
+    counts: dict[str, dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        _, state, part = _state(parameter, optimizer)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim:
+                slices[f"{name}/{key}"] = _slice(parameter, part(value))
+            else:
+                counts.setdefault(name, {})[key] = value.cpu() if isinstance(value, Tensor) else value
+    groups = [{key: value for key, value in g.items() if key != "params"} for g in _inner(optimizer).param_groups]
+    return {"param_groups": groups, "counts": counts}, slices
+
+
+@torch.no_grad()
+def load_optimizer(module: nn.Module, optimizer: Optimizer, settings: dict[str, Any], saved: Tensors) -> None:
+    """Inverse of `held_optimizer`; what it adds is made where the masters lie."""
+    _reshard(module)
+    for group, known in zip(_inner(optimizer).param_groups, settings["param_groups"], strict=True):
+        group.update({key: value for key, value in known.items() if key != "param_names"})
+    keys: dict[str, list[str]] = {}
+    for entry in saved:
+        name, _, key = entry.rpartition("/")
+        keys.setdefault(name, []).append(key)
+    for name, parameter in module.named_parameters():
+        owner, state, part = _state(parameter, optimizer)
+        for key, value in settings["counts"].get(name, {}).items():
+            state[key] = value.clone() if isinstance(value, Tensor) else value
+        for key in keys.get(name, []):
+            if key not in state:
+                state[key] = torch.zeros_like(owner, requires_grad=False)
+            _fill(parameter, saved, f"{name}/{key}", part(state[key]))
+
+
+def _inner(optimizer: Optimizer) -> Any:
+    return getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's, like Lightning's, wraps the real one
+
+
+def _state(parameter: nn.Parameter, optimizer: Optimizer) -> tuple[Tensor, dict[str, Any], Callable[[Tensor], Tensor]]:
+    """The tensor that the optimiser knows, its state, and how to find the parameter's part of a tensor in there."""
+    zero3 = _zero3(parameter)
+    if zero3 is None:
+        return parameter, _inner(optimizer).state[parameter] if parameter.requires_grad else {}, _local
+    flat = zero3.fp32_partitioned_groups_flat[zero3.grad_position[zero3.get_param_id(parameter)][0]]
+    return flat, zero3.optimizer.state[flat], lambda tensor: _stretch(zero3, parameter, lambda _: tensor)
+
+
+# ------------------------------------------------------------------- gradients
+
+
+def local_gradients(module: nn.Module) -> dict[str, Tensor]:
+    """The gradients of this step as far as they lie here, summed up over micro-batches and processes."""
+    gradients = {}
+    for name, parameter in module.named_parameters():
+        zero3 = _zero3(parameter)
+        gradient = parameter.grad if zero3 is None else zero3.get_local_fp32_grad_for_param(parameter)
+        if gradient is not None:
+            gradients[name] = _local(gradient)
+    return gradients
+
+
+def gradient_norms(module: nn.Module, family: Callable[[str], str] = lambda name: "") -> dict[str, float]:
+    """Norms of the gradient, of all or by family of parameters; a collective call where gradients are shared out."""
+    gradients = local_gradients(module)
+    if not gradients:
+        return {}
+    squares = torch.stack(torch._foreach_norm(list(gradients.values()))).double().square()
+    names = [family(name) for name in gradients]
+    families = sorted(set(names))
+    index = torch.tensor([families.index(name) for name in names], device=squares.device)
+    total = squares.new_zeros(len(families)).index_add_(0, index, squares)
+    if any(hasattr(p, "ds_tensor") or isinstance(p.data, DTensor) for p in module.parameters()):
+        dist.all_reduce(total)
+    return dict(zip(families, total.sqrt().tolist(), strict=True))
