@@ -1,0 +1,203 @@
+"""Two processes of ZeRO-3 that are killed, stopped, run out of space or find a damaged checkpoint: nothing is lost.
+
+Each way to end a run is tried a few times; `MVSPLIT_FAULTS=20 pytest tests/integration/test_faults.py` tries harder.
+"""
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvsplit.training.folder import COMPLETE, Saved
+
+from .conftest import differences, state
+from .test_commands import runs
+
+TIMES = int(os.environ.get("MVSPLIT_FAULTS", "3"))
+STEPS = 12 * TIMES
+WITHIN_S = 60
+"""How soon a disturbed run must have ended, all of it."""
+OPTIONS = [
+    "trainer=deepspeed",
+    "trainer.accelerator=cpu",
+    "trainer.devices=2",
+    "trainer.precision=32-true",
+    f"trainer.max_steps={STEPS}",
+    "trainer.val_check_interval=1000",
+    "trainer.limit_test_batches=1",
+    "optim.warmup_steps=5",
+    "callbacks.last.every_n_steps=2",
+    "callbacks.sample_grid=null",
+    "callbacks.best=null",
+    "callbacks.rank_watch.timeout_s=20",
+]
+Script = Callable[..., list[str]]
+
+
+class Disturbed:
+    """A run of two processes that has been started, to be disturbed."""
+
+    def __init__(self, command: list[str], cwd: Path) -> None:
+        self.folder, self.log = cwd / "logs" / "train" / "runs", cwd / "output.txt"
+        self.before = self.saves()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log, start_new_session=True)
+
+    def saves(self) -> int:
+        """Steps of the newest complete checkpoint."""
+        names = [mark.parent.name for mark in self.folder.glob(f"*/checkpoints/last-*.ckpt/{COMPLETE}")]
+        return max((int(name.removesuffix(".ckpt").rpartition("-")[2]) for name in names), default=0)
+
+    def ranks(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        others = [int(p) for p in children if b"train.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        return [self.process.pid, *others]
+
+    def wait_until(self, happens: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 180
+        while not happens():
+            assert self.process.poll() is None, f"ended by itself: {self.log.read_text()}"
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.001)
+
+    def reach(self, moment: str, delay: float) -> list[int]:
+        """Wait for a moment of the run; returns the processes of its ranks."""
+        first = self.before + 2
+        self.wait_until(lambda: self.saves() >= first)
+        ranks = self.ranks()
+        if moment == "in a save":
+            self.wait_until(lambda: list(self.folder.glob("*/checkpoints/*.partial")))
+        elif moment == "after a save":
+            done = self.saves()
+            self.wait_until(lambda: self.saves() > done)
+        else:
+            time.sleep(delay)
+        return ranks
+
+    def ended(self, ranks: list[int]) -> int:
+        """Exit status of the command, once every process of it is gone."""
+        deadline = time.monotonic() + WITHIN_S
+        status = self.process.wait(WITHIN_S)
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks[1:]):
+            assert time.monotonic() < deadline, f"a process stays behind: {self.log.read_text()}"
+            time.sleep(0.05)
+        return status
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, Any]:
+    """Filled by the first test that needs it."""
+    return {}
+
+
+@pytest.fixture
+def finish(
+    script: Script, tmp_path: Path, uninterrupted: dict[str, Any]
+) -> Callable[[], subprocess.CompletedProcess[str]]:
+    """`finish()`: repeat the command to its end, and compare with a run that nobody disturbed, to the bit."""
+
+    def end() -> subprocess.CompletedProcess[str]:
+        def run(*more: str) -> subprocess.CompletedProcess[str]:
+            command = [*script("train.py", *OPTIONS), *more]
+            return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+
+        if not uninterrupted:
+            whole = run("task_name=whole")
+            assert whole.returncode == 0, whole.stderr
+            uninterrupted.update(state(runs(tmp_path, "whole")[0]))
+        last = run("ckpt_path=last")
+        assert last.returncode == 0, last.stderr
+        (folder,) = runs(tmp_path)  # all in one
+        assert differences(uninterrupted, state(folder)) == []
+        return last
+
+    return end
+
+
+def test_a_rank_killed_at_any_moment(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
+    chance = random.Random(0)
+    command = [*script("train.py", *OPTIONS), "ckpt_path=last"]
+    for attempt in range(TIMES):
+        run = Disturbed(command, tmp_path)
+        ranks = run.reach(("in a step", "in a save", "after a save")[attempt % 3], chance.random())
+        victim = chance.randrange(2)
+        os.kill(ranks[victim], signal.SIGKILL)
+        status = run.ended(ranks)
+        assert status == (75 if victim else -signal.SIGKILL), run.log.read_text()
+        lost = [line for line in run.log.read_text().splitlines() if f"rank {victim} (" in line]
+        assert len(lost) == 1, run.log.read_text()
+        assert "Traceback" not in run.log.read_text()
+    finish()
+
+
+def test_stopped_by_signals_at_any_moment(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
+    chance = random.Random(1)
+    command = [*script("train.py", *OPTIONS), "ckpt_path=last"]
+    for attempt in range(TIMES):
+        run = Disturbed(command, tmp_path)
+        ranks = run.reach(("in a step", "in a save", "in a step")[attempt % 3], chance.random())
+        for pid in chance.choice((ranks, ranks[:1], ranks[1:])):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        assert run.ended(ranks) == 128 + signal.SIGTERM, run.log.read_text()
+        Saved(next(run.folder.glob("*/checkpoints/last.ckpt"))).verify()
+    finish()
+
+
+def test_one_rank_cannot_write(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
+    """Its files may no longer grow (as with a full disk or quota): all ranks stop with one line, nothing is damaged."""
+    run = Disturbed([*script("train.py", *OPTIONS), "ckpt_path=last"], tmp_path)
+    ranks = run.reach("after a save", 0)
+    resource.prlimit(ranks[1], resource.RLIMIT_FSIZE, (1000, 1000))
+    assert run.ended(ranks) == 2, run.log.read_text()
+    errors = [line for line in run.log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, run.log.read_text()
+    assert "the checkpoint could not be written: " in errors[0]
+    assert "File too large (rank 1); earlier ones are untouched" in errors[0]
+    finish()
+
+
+def test_one_byte_of_the_newest_has_changed(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
+    run = Disturbed([*script("train.py", *OPTIONS), "ckpt_path=last"], tmp_path)
+    ranks = run.reach("after a save", 0)
+    os.kill(ranks[0], signal.SIGTERM)
+    assert run.ended(ranks) == 143
+    older, newer = sorted(run.folder.glob("*/checkpoints/last-*.ckpt"))
+    file = newer / "optimizer-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    told = finish()
+    assert f"passed over: {newer}: damaged, {file.name} fails its checksum" in told.stderr
+    assert f"going on from step {Saved(older).step if older.exists() else ''}" in told.stdout
+
+
+def test_a_full_disk(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(logs)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        run = Disturbed([*script("train.py", *OPTIONS), "ckpt_path=last"], tmp_path)
+        ranks = run.reach("after a save", 0)
+        filler = logs / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        status = run.ended(ranks)
+        assert status == 2, run.log.read_text()
+        assert "No space left on device" in run.log.read_text()
+        filler.unlink()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(logs)], check=True)
+        finish()
+    finally:
+        subprocess.run(["umount", "-l", str(logs)], check=False)
