@@ -6,7 +6,7 @@ import secrets
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from mvsplit.callbacks.last_checkpoint import LastCheckpoint
+from mvsplit.callbacks.rank_watch import RankWatch
 from mvsplit.callbacks.sample_grid import SampleGrid
 from mvsplit.training.checkpoints import read_checkpoint
 from mvsplit.utils.config import check_value
@@ -193,6 +194,16 @@ def locked(output_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{output_dir}: another process is training in this folder") from None
+        yield
+
+
+@contextmanager
+def watched(callbacks: list[Any]) -> Iterator[None]:
+    """While the trainer works, see to it that all ranks end when one does, if such a callback is there."""
+    with ExitStack() as stack:
+        for callback in callbacks:
+            if isinstance(callback, RankWatch):
+                stack.enter_context(callback)
         yield
 
 
