@@ -4,7 +4,6 @@ import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
 # isort: split
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +87,9 @@ def _train(config: dict[str, Any], output_dir: Path) -> tuple[dict[str, float], 
 
 
 def main(cfg: DictConfig) -> float | None:
-    """Hydra's entry: the optimised metric for sweepers; a stopped run exits as its signal says (130, 143)."""
+    """Hydra's entry: the optimised metric for sweepers; a stopped run exits as its signal says (130, 138, 143)."""
     metrics, objects = train(cfg)
-    received = run.stop_signal(objects["callbacks"])
-    if received is not None:
-        sys.exit(128 + received)
+    run.leave_if_stopped(objects["callbacks"])
     name = cfg.get("optimized_metric")
     if name is None:
         return None

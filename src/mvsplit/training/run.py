@@ -228,6 +228,13 @@ def stop_signal(callbacks: list[Any]) -> signal.Signals | None:
     return next((c.received for c in callbacks if isinstance(c, LastCheckpoint) and c.received), None)
 
 
+def leave_if_stopped(callbacks: list[Any]) -> None:
+    """Exit as the signal that stopped the run says, if one did."""
+    for callback in callbacks:
+        if isinstance(callback, LastCheckpoint) and callback.received is not None:
+            callback.leave(callback.received)
+
+
 @rank_zero_only
 def save_config(config: Group, output_dir: Path) -> None:
     """Write the resolved config beside the run's results, where sampling and evaluation find it."""
