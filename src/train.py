@@ -4,7 +4,6 @@ import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
 # isort: split
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +67,31 @@ def _train(config: dict[str, Any], output_dir: Path) -> tuple[dict[str, float], 
             logger.log_config(run.to_yaml(config), trainer.global_step)
 
     metrics: dict[str, float] = {}
-    if config["train"]:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
-        metrics |= run.plain_metrics(trainer)
-    if config["test"] and not run.stop_signal(callbacks):
-        if not config["train"] and ckpt_path is None:
-            raise UserError("test = true: without training, ckpt_path must name the checkpoint to test")
-        # The weights at hand are the last, or, without training, those of the checkpoint.
-        resumed = None if config["train"] else ckpt_path
-        trainer.test(module, datamodule=datamodule, ckpt_path=resumed, verbose=False, weights_only=True)
-        metrics |= run.plain_metrics(trainer)
-    if config["train"] and not run.stop_signal(callbacks):
+    with run.watched(callbacks):
+        if config["train"]:
+            trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+            metrics |= run.plain_metrics(trainer)
+        if config["test"] and not run.stop_signal(callbacks):
+            if not config["train"] and ckpt_path is None:
+                raise UserError("test = true: without training, ckpt_path must name the checkpoint to test")
+            # The weights at hand are the last, or, without training, those of the checkpoint.
+            resumed = None if config["train"] else ckpt_path
+            trainer.test(module, datamodule=datamodule, ckpt_path=resumed, verbose=False, weights_only=True)
+            metrics |= run.plain_metrics(trainer)
+        if config["train"] and not run.stop_signal(callbacks):
+            for logger in loggers:
+                if isinstance(logger, TensorBoard):
+                    logger.log_result(config, metrics)
+            run.show_summary(trainer, metrics, output_dir, Path(config["paths"]["log_dir"]) / config["task_name"])
         for logger in loggers:
-            if isinstance(logger, TensorBoard):
-                logger.log_result(config, metrics)
-        run.show_summary(trainer, metrics, output_dir, Path(config["paths"]["log_dir"]) / config["task_name"])
-    for logger in loggers:
-        logger.finalize("success")
+            logger.finalize("success")
     return metrics, objects
 
 
 def main(cfg: DictConfig) -> float | None:
-    """Hydra's entry: the optimised metric for sweepers; a stopped run exits as its signal says (130, 143)."""
+    """Hydra's entry: the optimised metric for sweepers; a stopped run exits as its signal says (130, 138, 143)."""
     metrics, objects = train(cfg)
-    received = run.stop_signal(objects["callbacks"])
-    if received is not None:
-        sys.exit(128 + received)
+    run.leave_if_stopped(objects["callbacks"])
     name = cfg.get("optimized_metric")
     if name is None:
         return None

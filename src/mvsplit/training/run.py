@@ -5,7 +5,7 @@ import secrets
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from mvsplit.callbacks.last_checkpoint import LastCheckpoint
+from mvsplit.callbacks.rank_watch import RankWatch
 from mvsplit.callbacks.sample_grid import SampleGrid
 from mvsplit.training.folder import Saved, newest
 from mvsplit.utils.config import check_value
@@ -194,6 +195,16 @@ def locked(output_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def watched(callbacks: list[Any]) -> Iterator[None]:
+    """While the trainer works, see to it that all ranks end when one does, if such a callback is there."""
+    with ExitStack() as stack:
+        for callback in callbacks:
+            if isinstance(callback, RankWatch):
+                stack.enter_context(callback)
+        yield
+
+
 def show_faults(trainer: Trainer) -> None:
     """What was wrong with the data, by kind, if anything was."""
     data: Any = trainer.datamodule
@@ -213,6 +224,13 @@ def plain_metrics(trainer: Trainer) -> dict[str, float]:
 def stop_signal(callbacks: list[Any]) -> signal.Signals | None:
     """The signal that stopped the run, if one did."""
     return next((c.received for c in callbacks if isinstance(c, LastCheckpoint) and c.received), None)
+
+
+def leave_if_stopped(callbacks: list[Any]) -> None:
+    """Exit as the signal that stopped the run says, if one did."""
+    for callback in callbacks:
+        if isinstance(callback, LastCheckpoint) and callback.received is not None:
+            callback.leave(callback.received)
 
 
 @rank_zero_only

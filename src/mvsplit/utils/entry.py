@@ -100,6 +100,18 @@ def told() -> Iterator[None]:
         raise
 
 
+def exit_status(error: BaseException) -> int:
+    """What the process exits with when the error ends it, see `told`."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SIGTERMException):
+        return 143
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    told_as_mistake = (ValueError, HydraException, OmegaConfBaseException, MisconfigurationException, OSError)
+    return 2 if isinstance(error, told_as_mistake) and is_users(error) else 1
+
+
 def fail(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2

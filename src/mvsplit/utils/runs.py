@@ -3,48 +3,103 @@
 import os
 import secrets
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import OmegaConf
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from mvsplit.utils.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
 
 
+AGREE_WITHIN = timedelta(minutes=10)
+"""How long the processes of a job wait for its first one."""
+
+
+@lru_cache
+def _store() -> tuple[Any, bool] | None:
+    """A store that the processes of a job share, and whether this one is the first of them; None for a lone one.
+
+    Lightning hands the folder to the ranks that it starts itself. Where a launcher starts them, they meet where their
+    process group will: torchrun's agent keeps a store there, else the first process opens it, and the group uses it
+    again.
+
+    Raises:
+        UserError: if the launcher's variables do not fit together, or the first process cannot be reached.
+    """
+    env = os.environ
+    environment: ClusterEnvironment
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(env["WORLD_SIZE"]) > 1:
+        environment, first, kept = TorchElasticEnvironment(), env["RANK"] == "0", True
+    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # set by srun, not by an interactive allocation
+        try:
+            environment, first, kept = SLURMEnvironment(), env["SLURM_PROCID"] == "0", False
+        except RuntimeError as error:
+            raise UserError(str(error)) from None
+    elif env.keys() >= {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} and "LOCAL_RANK" not in env:
+        environment, first, kept = LightningEnvironment(), env["NODE_RANK"] == "0", False  # a command on each machine
+    else:
+        return None
+    host, port = environment.main_address, environment.main_port
+    try:
+        opens = first and not kept
+        # Without waiting for the others, who wait for it; and shared with the process group (multi_tenant).
+        store = TCPStore(host, port, None, opens, AGREE_WITHIN, wait_for_workers=False, multi_tenant=True)
+    except DistError as error:
+        raise UserError(f"{host}:{port}: no meeting with the first process there ({error})") from None
+    return store, first
+
+
+def _agreed(question: str, decide: Callable[[], str]) -> str:
+    """What the first process of a job decides, in all its processes.
+
+    Each by itself might see other files: one that starts late, or on a machine whose view of the folder is older.
+    """
+    shared = _store()
+    if shared is None:
+        return decide()
+    store, first = shared
+    # A restart by torchrun decides anew: there may be a checkpoint by now.
+    key = f"mvsplit {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {question}"
+    if first:
+        return store.compare_set(key, "", decide()).decode()
+    try:
+        return store.get(key).decode()
+    except DistError as error:
+        raise UserError(f"the first process of this job has not said where the run goes ({error})") from None
+
+
 @lru_cache
 def run_name() -> str:
-    """`<time>_<id>`, the same in all processes of a job.
-
-    Lightning hands the folder to the ranks it starts itself. Where a launcher starts them, they must agree without
-    talking: SLURM's job number is common to all, and torchrun's agent keeps a store that they can ask.
-    """
-    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}"
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # set by srun, not by an interactive allocation
+    """`<time>_<id>`, or under SLURM `slurm_<job>_<step>`, which a requeued job finds again."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return f"slurm_{os.environ['SLURM_JOB_ID']}_{os.environ['SLURM_STEP_ID']}"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["WORLD_SIZE"]) > 1:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        key = f"mvsplit_run_name_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        if os.environ["RANK"] == "0":
-            store.set(key, name)
-        return store.get(key).decode()
-    return name
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}"
 
 
 @lru_cache
 def _run_dir(log_dir: str, task_name: str, ckpt_path: str | None, overrides: tuple[str, ...]) -> str:
     """Folder of a run: a new one, or with `ckpt_path=last` the newest that this very command made."""
     runs = Path(log_dir) / task_name / "runs"
-    if ckpt_path == "last":
-        for run in newest_first(runs):
-            if _overrides(run / ".hydra" / "overrides.yaml") == _without_ckpt(overrides):
-                return str(run)
-    return str(runs / run_name())
+
+    def choose() -> str:
+        if ckpt_path == "last":
+            for run in newest_first(runs):
+                if _overrides(run / ".hydra" / "overrides.yaml") == _without_ckpt(overrides):
+                    return str(run)
+        return str(runs / run_name())
+
+    return _agreed(f"run {overrides}", choose)
 
 
 _sweep_dirs: dict[tuple[str, str, str | None], str] = {}
@@ -53,14 +108,17 @@ _sweep_dirs: dict[tuple[str, str, str | None], str] = {}
 def _sweep_dir(log_dir: str, task_name: str, ckpt_path: str | None, overrides: tuple[str, ...]) -> str:
     """The same for a sweep of runs (`-m`). Asked first for the sweep, then by each job with its own overrides."""
     key = (log_dir, task_name, ckpt_path)
-    if key not in _sweep_dirs:
-        sweeps = Path(log_dir) / task_name / "multiruns"
-        _sweep_dirs[key] = str(sweeps / run_name())
+    sweeps = Path(log_dir) / task_name / "multiruns"
+
+    def choose() -> str:
         if ckpt_path == "last":
             for sweep in sorted(sweeps.glob("*"), reverse=True):
                 if _overrides(sweep / "multirun.yaml", "hydra.overrides.task") == _without_ckpt(overrides):
-                    _sweep_dirs[key] = str(sweep)
-                    break
+                    return str(sweep)
+        return str(sweeps / run_name())
+
+    if key not in _sweep_dirs:
+        _sweep_dirs[key] = _agreed(f"sweep {overrides}", choose)
     return _sweep_dirs[key]
 
 

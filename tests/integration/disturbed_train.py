@@ -1,0 +1,58 @@
+"""`src/train.py` with a callback that disturbs one rank at a known moment; run like it, by the tests of this folder."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+from lightning import Callback, Trainer
+
+import train
+from mvsplit.utils import config, entry
+from mvsplit.utils.errors import UserError
+
+
+class Disturb(Callback):
+    """Does `what` on a rank in a hook, once `step` optimiser steps are done.
+
+    Args:
+        what: `defect`, `mistake`, or names of signals, sent one after the other. when: `train`, `validation`, `test`
+            (a batch starts there) or `save`. rank: -1 means all of them.
+    """
+
+    def __init__(self, what: str, when: str, rank: int, step: int = 7) -> None:
+        self.what, self.when, self.rank, self.step = what, when, rank, step
+        self.done = False
+
+    def disturb(self, trainer: Trainer, when: str) -> None:
+        if self.done or when != self.when or trainer.global_step < self.step:
+            return
+        if self.rank not in (-1, trainer.global_rank):
+            return
+        self.done = True
+        if self.what == "defect":
+            raise ZeroDivisionError("disturbed by a defect")
+        if self.what == "mistake":
+            raise UserError("disturbed by a mistake")
+        for name in self.what.split("+"):
+            os.kill(os.getpid(), signal.Signals[name])
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.disturb(trainer, "train")
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.disturb(trainer, "validation")
+
+    def on_test_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.disturb(trainer, "test")
+
+    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+        self.disturb(trainer, "save")
+
+
+if __name__ == "__main__":
+    config.PACKAGES += ("disturbed_train.",)
+    entry.run(train.main, "train.yaml")

@@ -1,0 +1,278 @@
+"""Runs of several processes that are killed, stopped, fail or are told to stop: all end, in time, with one message."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import last
+
+TIMEOUT_S = 5
+BOUND_S = 20
+"""Until the last process has ended: the timeout, and what a busy machine adds."""
+LONG = ["trainer.max_steps=4000", "trainer.val_check_interval=4000", "callbacks.last.every_n_steps=5"]
+WATCH = f"callbacks.rank_watch.timeout_s={TIMEOUT_S}"
+ZERO3 = ["trainer=deepspeed", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+Script = Callable[..., list[str]]
+
+
+class Job:
+    """A command in a session of its own, so that what it leaves behind can be seen, and removed."""
+
+    def __init__(self, command: list[str], cwd: Path, name: str = "job", **env: str) -> None:
+        self.output = cwd / f"{name}.out"
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                command, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | env
+            )
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def others(self) -> list[int]:
+        """The other living processes of the session that run the training script, oldest first."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                words = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue  # has ended meanwhile
+            if int(session) == self.process.pid and state not in "ZX" and b"train.py" in words:
+                found.append(int(folder.name))
+        return sorted(pid for pid in found if pid != self.process.pid)
+
+    def until(self, condition: Callable[[], object], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.text
+            assert self.process.poll() is None, self.text
+            time.sleep(0.01)
+
+    def ends(self, seconds: float = BOUND_S) -> int:
+        """Its exit status, once every process of it has ended."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None or self.others():
+            assert time.monotonic() < deadline, f"still there: {self.others()}\n{self.text}"
+            time.sleep(0.05)
+        print(self.text)  # shown by pytest if the test fails
+        return self.process.returncode
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def begin(command: list[str], name: str = "job", **env: str) -> Job:
+        jobs.append(Job(command, tmp_path, name, **env))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        for pid in [*job.others(), job.process.pid]:
+            if job.process.poll() is None or pid != job.process.pid:
+                os.kill(pid, signal.SIGKILL)
+        job.process.wait()
+
+
+def runs(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "logs" / "train" / "runs").iterdir())
+
+
+def saved(tmp_path: Path) -> list[Path]:
+    return list(tmp_path.glob("logs/train/runs/*/checkpoints/last.ckpt"))
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def disturbed(command: list[str], **what: object) -> list[str]:
+    """The command, with a rank that is disturbed, see `disturbed_train.py`."""
+    keys = "".join(f",{key}:{value}" for key, value in what.items())
+    script = str(Path(__file__).with_name("disturbed_train.py"))
+    return [command[0], script, *command[2:], f"+callbacks.disturb={{_target_:disturbed_train.Disturb{keys}}}"]
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "trainer"),
+    [
+        (signal.SIGKILL, 1, ["trainer=ddp_sim"]),
+        (signal.SIGKILL, 0, ["trainer=ddp_sim"]),
+        (signal.SIGSTOP, 1, ["trainer=ddp_sim"]),
+        (signal.SIGKILL, 1, ZERO3),
+    ],
+    ids=["kill 1", "kill 0", "stop 1", "ZeRO-3 kill 1"],
+)
+def test_a_lost_rank_ends_the_others(
+    script: Script, start: Callable[..., Job], tmp_path: Path, number: int, rank: int, trainer: list[str]
+) -> None:
+    job = start(script("train.py", *LONG, WATCH, *trainer))
+    job.until(lambda: saved(tmp_path))
+    (child,) = job.others()
+    pids = [job.process.pid, child]
+    time.sleep(1.5)  # a beat, which tells the step
+    os.kill(pids[rank], number)
+    began = time.monotonic()
+    # A stopped child is ended by its parent: nothing stays behind.
+    assert job.ends() == (-signal.SIGKILL if rank == 0 else 75)
+    print(f"the others ended after {time.monotonic() - began:.1f} s")
+    (line,) = errors(job.text)
+    assert f"rank {rank} ({socket.gethostname()}, pid {pids[rank]}) has" in line
+    assert "go on with ckpt_path=last" in line
+    assert int(line.partition("last seen in step ")[2].partition(";")[0]) > 0
+    assert "Traceback" not in job.text
+    assert saved(tmp_path)
+
+
+def test_a_lost_first_rank_that_is_only_stopped(script: Script, start: Callable[..., Job], tmp_path: Path) -> None:
+    job = start(script("train.py", *LONG, WATCH, "trainer=ddp_sim"))
+    job.until(lambda: saved(tmp_path))
+    os.kill(job.process.pid, signal.SIGSTOP)
+    job.until(lambda: not job.others(), BOUND_S)
+    assert "error: rank 0 (" in job.text
+    assert f"has not answered for {TIMEOUT_S} s: killed, stopped or cut off" in job.text
+    os.kill(job.process.pid, signal.SIGCONT)  # and then it ends too
+    assert job.ends() == 75
+
+
+def test_a_rank_killed_before_the_ranks_are_connected(script: Script, start: Callable[..., Job]) -> None:
+    for rank in (0, 1):
+        job = start(script("train.py", *LONG, WATCH, "trainer=ddp_sim"))
+        job.until(job.others)
+        os.kill((job.process.pid, *job.others())[rank], signal.SIGKILL)
+        assert job.ends() == (75 if rank else -signal.SIGKILL)
+        assert "Traceback" not in job.text
+
+
+@pytest.mark.parametrize(
+    ("what", "rank", "status"), [("defect", 1, 1), ("defect", 0, 1), ("mistake", 1, 2), ("defect", -1, 1)]
+)
+def test_an_error_is_told_once_by_the_rank_that_has_it(
+    script: Script, start: Callable[..., Job], what: str, rank: int, status: int
+) -> None:
+    job = start(disturbed(script("train.py", *LONG, WATCH, "trainer=ddp_sim"), what=what, when="train", rank=rank))
+    job.until(lambda: f"disturbed by a {what}" in job.text)
+    assert job.ends() == status
+    assert job.text.count("Traceback (most recent call last)") == (what == "defect")
+    assert job.text.count(f"disturbed by a {what}") == 1
+    own = [f"error: disturbed by a {what}"] if what == "mistake" else []
+    others = [line for line in errors(job.text) if line not in own]
+    assert len(errors(job.text)) == len(own) + len(others)
+    assert len(others) <= 1
+    assert all("failed in step 7, as it says itself" in line for line in others)
+
+
+@pytest.mark.parametrize(
+    ("what", "when", "rank", "status", "step"),
+    [
+        ("SIGTERM", "validation", 1, 143, 10),  # the validation is finished, no step is added
+        ("SIGUSR1", "train", 1, 138, 8),
+        ("SIGUSR1+SIGTERM+SIGTERM", "save", 0, 138, 11),  # of step 10
+        ("SIGINT", "train", -1, 130, 8),
+        ("SIGTERM", "test", 1, 143, 12),
+    ],
+)
+def test_a_signal_to_any_rank_at_any_moment(
+    script: Script, start: Callable[..., Job], tmp_path: Path, what: str, when: str, rank: int, status: int, step: int
+) -> None:
+    steps = ["trainer.max_steps=12", "trainer.val_check_interval=10", "callbacks.last.every_n_steps=5"]
+    steps[2] = "callbacks.last.every_n_steps=10" if when == "save" else steps[2]
+    steps[1] = "trainer.val_check_interval=12" if when == "save" else steps[1]
+    command = disturbed(script("train.py", *steps, WATCH, "trainer=ddp_sim"), what=what, when=when, rank=rank)
+    job = start(command)
+    assert job.ends(120) == status
+    assert errors(job.text) == []
+    assert "Traceback" not in job.text
+    (run,) = runs(tmp_path)
+    assert last(run)["global_step"] == step
+    if status == 138:
+        assert "SIGUSR1: saving step" in job.text
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_torchrun_on_two_machines(script: Script, start: Callable[..., Job], tmp_path: Path) -> None:
+    """Here two agents on one machine. They agree on the folder; a lost rank ends both."""
+    command = script("train.py", *LONG, WATCH, "trainer=ddp_sim", "trainer.devices=1", "trainer.num_nodes=2")
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
+    agents = [
+        start([*TORCHRUN, "--nnodes=2", f"--node-rank={node}", *meeting, *command[1:]], f"node_{node}")
+        for node in (0, 1)
+    ]
+    agents[0].until(lambda: saved(tmp_path))
+    assert len(runs(tmp_path)) == 1
+    (worker,) = agents[1].others()
+    os.kill(worker, signal.SIGKILL)
+    assert [agent.ends(60) != 0 for agent in agents] == [True, True]
+    (line,) = errors(agents[0].text + agents[1].text)
+    assert f"pid {worker}) has gone" in line
+
+
+def test_torchrun_starts_again_in_the_same_folder(script: Script, start: Callable[..., Job], tmp_path: Path) -> None:
+    steps = ["trainer.max_steps=40", "trainer.val_check_interval=40", "callbacks.last.every_n_steps=5"]
+    command = script("train.py", *steps, WATCH, "trainer=ddp_sim", "ckpt_path=last")
+    command = disturbed(command, what="SIGKILL", when="train", rank=1, step=12)
+    # The disturbed steps are behind it once it goes on from step 10: it is killed there again, and so on.
+    job = start([*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", *command[1:]])
+    assert job.ends(120) != 0
+    (run,) = runs(tmp_path)
+    assert last(run)["global_step"] == 10
+    assert "going on from step 10" in job.text
+    assert len(errors(job.text)) == 2
+
+
+def slurm(job: int, rank: int, port: int, restarts: int = 0) -> dict[str, str]:
+    """What srun sets for a task of two on one machine."""
+    names = {"JOB_ID": job, "STEP_ID": 0, "PROCID": rank, "LOCALID": rank, "NODEID": 0, "NTASKS": 2, "NNODES": 1,
+             "STEP_NUM_TASKS": 2, "NTASKS_PER_NODE": 2, "NODELIST": "localhost", "RESTART_COUNT": restarts,
+             "JOB_NAME": "train"}  # fmt: skip
+    return {f"SLURM_{name}": str(value) for name, value in names.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def test_slurm_job_is_queued_again_and_goes_on(script: Script, start: Callable[..., Job], tmp_path: Path) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"  # there is no SLURM here: what is called with what is seen
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.txt\n')
+    scontrol.chmod(0o755)
+    path = f"{scontrol.parent}:{os.environ['PATH']}"
+    steps = ["trainer.max_steps=400", "trainer.val_check_interval=400", "callbacks.last.every_n_steps=5"]
+    command = script("train.py", *steps, WATCH, "trainer=ddp_sim", "test=false", "ckpt_path=last")
+    port = free_port()
+    tasks = [start(command, f"first_{r}", PATH=path, **slurm(77, r, port)) for r in (0, 1)]
+    tasks[0].until(lambda: saved(tmp_path))
+    for task in tasks:  # as `--signal=USR1@120` does
+        task.process.send_signal(signal.SIGUSR1)
+    assert [task.ends() for task in tasks] == [138, 138]
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
+    (run,) = runs(tmp_path)
+    assert run.name == "slurm_77_0"
+    stopped_at = last(run)["global_step"]
+    assert stopped_at < 400
+    # The second task comes late, and sees another run of the same command that is newer: it follows the first.
+    port = free_port()
+    first = start(command, "again_0", PATH=path, **slurm(77, 0, port, restarts=1))
+    first.until(lambda: f"going on from step {stopped_at}" in first.text)
+    newer = run.with_name("slurm_99_0")
+    shutil.copytree(run, newer, symlinks=True, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("*.log"))
+    second = start(command, "again_1", PATH=path, **slurm(77, 1, port, restarts=1))
+    assert [first.ends(120), second.ends(120)] == [0, 0]
+    assert last(run)["global_step"] == 400
+    assert not list(newer.glob("*.log"))
+    assert errors(first.text + second.text) == []
