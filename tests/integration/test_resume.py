@@ -1,17 +1,25 @@
 """One run through every strategy and number of processes: each goes on from what another left behind."""
 
 import csv
+import pickle
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from checkpoint_tools import Canary, poison
+from conftest import compose_config
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
+import convert as convert_script
+import eval as eval_script
 from mvsplit.training.folder import Saved
 from mvsplit.utils.config import build, to_plain
+from mvsplit.utils.errors import UserError
 
 from .conftest import last
 from .test_commands import runs
@@ -96,3 +104,49 @@ def test_sharded_average_is_the_average_to_the_bit(
         for name, value in average.items():
             value.lerp_(weights.whole(name), 1 - decay)
             assert torch.equal(value, ema.whole(name)), f"{name}, step {step}"
+
+
+def test_poison_is_refused_by_all_who_read(
+    train_here: Callable[..., Any], config: Callable[..., DictConfig], run_script: Run, tmp_path: Path
+) -> None:
+    """Pickles in every place of a checkpoint, vouched for by its manifest; and files that are nothing but pickle."""
+    train_here("trainer.max_steps=2")
+    good, canary = tmp_path / "run" / "checkpoints" / "last-00000002.ckpt", tmp_path / "canary"
+    bad = good.parent / "bad-00000002.ckpt"
+    torch.save(Saved(good).state() | {"loops": Canary(canary)}, tmp_path / "state")
+    (tmp_path / "pickle").write_bytes(pickle.dumps(Canary(canary)))
+    torch.save({"state_dict": Canary(canary)}, tmp_path / "single.ckpt")
+    (tmp_path / "engine" / "checkpoint").mkdir(parents=True)
+    for name in ("mp_rank_00_model_states", "zero_pp_rank_0_mp_rank_00_optim_states"):
+        torch.save({"module": Canary(canary)}, tmp_path / "engine" / "checkpoint" / f"{name}.pt")
+
+    def readers(path: Path) -> dict[str, Callable[[], Any]]:
+        def other(name: str, main: Callable[..., Any]) -> None:
+            (tmp_path / "out").mkdir(exist_ok=True)
+            paths = [f"paths.output_dir={tmp_path}/out", f"paths.log_dir={tmp_path}/logs"]
+            main(compose_config(f"ckpt_path={path}", *paths, name=name))
+
+        return {
+            "resume": lambda: train_here(f"ckpt_path={path}", "trainer.max_steps=4"),
+            "convert": lambda: other("convert.yaml", convert_script.main),
+            "eval": lambda: other("eval.yaml", eval_script.evaluate),
+        }
+
+    for name in ("state.pt", "weights-00000.safetensors", "ema-00000.safetensors", "optimizer-00000.safetensors"):
+        shutil.rmtree(bad, ignore_errors=True)
+        shutil.copytree(good, bad)
+        poison(bad, name, (tmp_path / ("state" if name == "state.pt" else "pickle")).read_bytes())
+        for reader, read in readers(bad).items():
+            if reader != "resume" and name in ("state.pt", "optimizer-00000.safetensors"):
+                read()  # does not look there
+                continue
+            with pytest.raises(UserError, match=r"holds more than data|damaged, or not a file of slices"):
+                read()
+    for path in (tmp_path / "single.ckpt", tmp_path / "engine"):
+        for read in readers(path).values():
+            with pytest.raises(UserError, match="not a checkpoint of this project"):
+                read()
+    done = run_script("train.py", *CPU, "trainer=deepspeed", "trainer.devices=2", f"ckpt_path={bad}")
+    assert done.returncode == 2, done.stderr
+    assert "optimizer-00000.safetensors: damaged, or not a file of slices" in done.stderr
+    assert not canary.exists()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_tools import Canary, poison
 from safetensors.torch import load_file, save_file
 
 from mvsplit.training.checkpoints import convert
@@ -114,25 +115,6 @@ def test_others_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             Saved(tmp_path / f"{name}.ckpt")
-
-
-class Canary:
-    """Unpickled, it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.path,)
-
-
-def poison(path: Path, name: str, content: bytes) -> None:
-    """Put another file in, with a manifest that vouches for it."""
-    (path / name).write_bytes(content)
-    manifest = json.loads((path / MANIFEST).read_text())
-    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (path / MANIFEST).write_text(json.dumps(manifest))
-    (path / COMPLETE).write_text(hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest())
 
 
 def test_a_poisoned_checkpoint_runs_nothing(tmp_path: Path) -> None:

@@ -137,13 +137,27 @@ def _overrides(file: Path, key: str | None = None) -> list[str] | None:
 
 
 def newest_first(runs: Path) -> list[Path]:
-    """Run folders that hold a `last` checkpoint, the latest checkpoint first."""
-    found = [(link.stat().st_mtime, run) for run in runs.glob("*") if (link := last_checkpoint(run)).exists()]
+    """Run folders that hold a complete checkpoint, the latest first."""
+    found = [(_time(mark), run) for run in runs.glob("*") if (mark := _newest_mark(run)) is not None]
     return [run for _, run in sorted(found, reverse=True)]
 
 
+def _newest_mark(run: Path) -> Path | None:
+    """What marks the run's latest checkpoint as complete. Not by its link: a kill can come before that is set."""
+    marks = [mark for mark in run.glob("checkpoints/*.ckpt/COMPLETE") if not mark.parent.is_symlink()]
+    return max(marks, key=_time, default=None)
+
+
+def _time(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # a run that goes on has just removed this checkpoint
+        return 0.0
+
+
 def last_checkpoint(run: Path) -> Path:
-    return run / "checkpoints" / "last.ckpt"
+    link, mark = run / "checkpoints" / "last.ckpt", _newest_mark(run)
+    return link if link.exists() or mark is None else mark.parent
 
 
 def find_checkpoint(ckpt_path: str, log_dir: str) -> Path:
@@ -159,7 +173,7 @@ def find_checkpoint(ckpt_path: str, log_dir: str) -> Path:
     found = [last_checkpoint(run) for folder in runs for run in newest_first(folder)]
     if not found:
         raise UserError(f"ckpt_path = last: no checkpoint in {log_dir}; train first or give a path")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return max(found, key=_time)
 
 
 def register_resolvers() -> None:
