@@ -45,7 +45,7 @@ def test_every_command_has_a_valid_config(command: list[str]) -> None:
 
 
 def test_all_kinds_of_commands_are_found() -> None:
-    scripts = {f"src/{name}.py" for name in ("train", "sample", "eval", "encode", "bench")}
+    scripts = {f"src/{name}.py" for name in ("train", "sample", "eval", "encode", "convert", "bench")}
     assert {command[1] for command in COMMANDS} == scripts
     assert len(COMMANDS) > 8
 
