@@ -290,7 +290,7 @@ class Spoke(Line):
             self.end(self.verdict[1])
 
     async def _fail(self, status: int) -> bool:
-        self.hub.tell(failed=status)
+        self.hub.tell(failed=status, step=self.me.step)
         try:
             await asyncio.wait_for(self._answered.wait(), 3)
         except TimeoutError:
