@@ -4,6 +4,7 @@ import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
 # isort: split
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,16 @@ def _train(config: dict[str, Any], output_dir: Path) -> tuple[dict[str, float], 
             run.show_summary(trainer, metrics, output_dir, Path(config["paths"]["log_dir"]) / config["task_name"])
         for logger in loggers:
             logger.finalize("success")
+        run.requeue_if_stopped(callbacks)
     return metrics, objects
 
 
 def main(cfg: DictConfig) -> float | None:
     """Hydra's entry: the optimised metric for sweepers; a stopped run exits as its signal says (130, 138, 143)."""
     metrics, objects = train(cfg)
-    run.leave_if_stopped(objects["callbacks"])
+    received = run.stop_signal(objects["callbacks"])
+    if received is not None:
+        sys.exit(128 + received)
     name = cfg.get("optimized_metric")
     if name is None:
         return None

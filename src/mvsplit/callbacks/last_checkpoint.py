@@ -68,22 +68,26 @@ class LastCheckpoint(Checkpoint):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._training:
-            self.leave(self.received or number)
+            self._leave(self.received or number)
         if self._flag == signal.SIGINT == number:
             raise KeyboardInterrupt
         self._flag = self._flag or number  # the first says why; SLURM's SIGTERM follows its notice
 
-    def leave(self, number: int) -> NoReturn:
-        """Exit as the signal says (128 + its number), after queueing the SLURM job again if that is asked for."""
-        job = os.environ.get("SLURM_JOB_ID")
-        if job is not None and number in self.requeue_after and rank_zero_only.rank == 0:
-            try:
-                done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-                failure = done.stderr.strip() or f"status {done.returncode}" if done.returncode else None
-            except OSError as error:
-                failure = str(error)
-            say(f"job {job} is queued again" if failure is None else f"job {job} is not queued again: {failure}")
+    def _leave(self, number: int) -> NoReturn:
+        self.requeue(number)
         sys.exit(128 + number)
+
+    def requeue(self, number: int) -> None:
+        """Put the SLURM job into the queue again, if that is asked for after this signal; rank 0 does."""
+        job = os.environ.get("SLURM_JOB_ID")
+        if job is None or number not in self.requeue_after or rank_zero_only.rank != 0:
+            return
+        try:
+            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+            failure = done.stderr.strip() or f"status {done.returncode}" if done.returncode else None
+        except OSError as error:
+            failure = str(error)
+        say(f"job {job} is queued again" if failure is None else f"job {job} is not queued again: {failure}")
 
     def _agree(self, trainer: Trainer) -> bool:
         """Whether any rank was told to stop; then all know by which signal."""
@@ -133,7 +137,7 @@ class LastCheckpoint(Checkpoint):
             self._agree(trainer)
         self._training = False
         if self._flag and self.received is None:  # while the ranks agreed
-            self.leave(self._flag)
+            self._leave(self._flag)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()

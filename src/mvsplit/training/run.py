@@ -226,11 +226,11 @@ def stop_signal(callbacks: list[Any]) -> signal.Signals | None:
     return next((c.received for c in callbacks if isinstance(c, LastCheckpoint) and c.received), None)
 
 
-def leave_if_stopped(callbacks: list[Any]) -> None:
-    """Exit as the signal that stopped the run says, if one did."""
+def requeue_if_stopped(callbacks: list[Any]) -> None:
+    """After a signal, put the SLURM job into the queue again if that is asked for: it may be killed from here on."""
     for callback in callbacks:
         if isinstance(callback, LastCheckpoint) and callback.received is not None:
-            callback.leave(callback.received)
+            callback.requeue(callback.received)
 
 
 @rank_zero_only

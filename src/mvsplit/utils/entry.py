@@ -152,7 +152,9 @@ def explain(error: BaseException) -> str:
         return str(error).splitlines()[0] + (f" ({str(cause).splitlines()[0]})" if cause else "")
     if isinstance(error, OmegaConfBaseException):
         cause = error.__cause__
-        return str(cause) if isinstance(cause, UserError) else str(error).splitlines()[0]
+        if isinstance(cause, UserError):
+            return str(cause)
+        return str(error).splitlines()[0].removeprefix("UserError raised while resolving interpolation: ")
     if str(error).startswith("Caught "):  # raised in a reading process
         return str(error).splitlines()[-1].partition("UserError: ")[2] or str(error).splitlines()[-1]
     if isinstance(error, OSError) and error.filename:

@@ -23,6 +23,8 @@ LOST = 75
 """Exit status when another rank was lost (EX_TEMPFAIL: starting again may help)."""
 GRACE_S = 10.0
 """How long a rank that failed has for its own message before the others end."""
+LAST_S = 30.0
+"""How long the others wait at their end for rank 0, which has most to do there: launchers end all after the first."""
 UNWIND_S = 30.0
 """How long a rank that failed has before its own process is ended."""
 
@@ -96,14 +98,14 @@ class Line(threading.Thread):
         """Say that the work of this rank is done: nobody need look after it any more."""
         if self.decided.is_set():
             self.join()  # does not return: the run failed elsewhere, and the thread ends this process
-        self._ask(self._leave(), default=None)
+        self._ask(self._leave(), default=None, patience_s=LAST_S + 5)
 
-    def _ask(self, question: Coroutine[Any, Any, Any], default: Any) -> Any:
+    def _ask(self, question: Coroutine[Any, Any, Any], default: Any, patience_s: float = 5) -> Any:
         if not self.is_alive():
             question.close()
             return default
         try:
-            return asyncio.run_coroutine_threadsafe(question, self._loop).result(timeout=5)
+            return asyncio.run_coroutine_threadsafe(question, self._loop).result(patience_s)
         except TimeoutError:
             return default
 
@@ -257,13 +259,13 @@ class Spoke(Line):
             complain(f"{self.me} cannot reach rank 0 at {where} ({error}); callbacks.rank_watch=null does without")
             self.end(LOST)
         self.hub.tell(token=self.token, rank=self.me.rank, host=self.me.host, pid=self.me.pid)
-        listening = asyncio.create_task(self._listen(reader))
-        while not self.me.left and not self.hub.left:
+        self._listening = asyncio.create_task(self._listen(reader))
+        while not self._listening.done():
             self.hub.tell(step=self.me.step)
             self.hub.silent += 1
             if self.hub.silent * self.beat_s > self.timeout_s:
                 self._end(self._silence())
-            await asyncio.wait([listening], timeout=self.beat_s)
+            await asyncio.wait([self._listening], timeout=self.beat_s)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while (message := await _read(reader)) is not None:
@@ -290,7 +292,7 @@ class Spoke(Line):
             self.end(self.verdict[1])
 
     async def _fail(self, status: int) -> bool:
-        self.hub.tell(failed=status)
+        self.hub.tell(failed=status, step=self.me.step)
         try:
             await asyncio.wait_for(self._answered.wait(), 3)
         except TimeoutError:
@@ -299,5 +301,5 @@ class Spoke(Line):
 
     async def _leave(self) -> None:
         self.hub.tell(left=True)
-        await asyncio.sleep(0.1)
         self.me.left = True
+        await asyncio.wait([self._listening], timeout=LAST_S)

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from omegaconf import OmegaConf
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, TCPStore, is_torchelastic_launched  # type: ignore[attr-defined]
 
 from mvsplit.utils.errors import UserError
 
@@ -39,8 +39,14 @@ def _store() -> tuple[Any, bool] | None:
     """
     env = os.environ
     environment: ClusterEnvironment
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(env["WORLD_SIZE"]) > 1:
-        environment, first, kept = TorchElasticEnvironment(), env["RANK"] == "0", True
+    if is_torchelastic_launched() and int(env["WORLD_SIZE"]) > 1:
+        kept = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if kept and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":  # github.com/pytorch/pytorch/issues/135712
+            raise UserError(
+                "torchrun --max-restarts: its store outlives a restart, whose ranks would then look for those before"
+                " it; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, with --rdzv-backend=c10d or --standalone"
+            )
+        environment, first = TorchElasticEnvironment(), env["RANK"] == "0"
     elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # set by srun, not by an interactive allocation
         try:
             environment, first, kept = SLURMEnvironment(), env["SLURM_PROCID"] == "0", False
