@@ -112,8 +112,8 @@ class ShardedPrecision(Precision):
 class FSDP2(ModelParallelStrategy):
     """Lightning's fully-sharded strategy; blocks are sharded in groups, which costs the host less than one by one.
 
-    With `trainer.precision=bf16-mixed` the shards are float32, so that optimiser and average work on them; each group is
-    gathered and computed in bf16, and its gradients are added up over the ranks in float32.
+    With `trainer.precision=bf16-mixed` the shards are float32, so that optimiser and average work on them; each group
+    is gathered and computed in bf16, and its gradients are added up over the ranks in float32.
 
     Args:
         blocks_per_group: blocks gathered together.
@@ -214,6 +214,11 @@ class ZeRO3(DeepSpeedStrategy):
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        # Lightning has divided the loss by the micro-batches of a step already. Twice makes gradients too small by that
+        # factor, which Adam hides, but clipping and the logged norm do not.
+        super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         import deepspeed

@@ -1,10 +1,12 @@
 """DeepSpeed's ZeRO-3 settings for networks of many small blocks, derived from the block that was built.
 
-DeepSpeed counts in parameters, and its defaults are for a few large layers: a reuse distance of 10⁹ parameters makes the
-second step of a network of 300 small blocks walk its trace for minutes, and a bucket of 5·10⁸ would hold such a
+DeepSpeed counts in parameters, and its defaults are for a few large layers: a reuse distance of 10⁹ parameters makes
+the second step of a network of 300 small blocks walk its trace for minutes, and a bucket of 5·10⁸ would hold such a
 network whole. Everything here is counted in blocks instead.
 """
 
+import io
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,8 +85,8 @@ class Offload:
             )
         if self.parameters == "nvme" and self.optimizer != "nvme":
             raise UserError(
-                f"trainer.strategy.offload_parameters = nvme: offload_optimizer = {self.optimizer} would keep the larger"
-                " part in memory; offload_optimizer = nvme is needed with it"
+                f"trainer.strategy.offload_parameters = nvme: offload_optimizer = {self.optimizer} would keep the"
+                " larger part in memory; offload_optimizer = nvme is needed with it"
             )
 
     @property
@@ -113,8 +115,8 @@ def zero_settings(sizes: Sizes, prefetch_blocks: PositiveInt) -> dict[str, int]:
         "stage3_max_reuse_distance": reuse,
         # Whole parameters at once: what is kept for reuse, what was gathered ahead, and the block at work.
         "stage3_max_live_parameters": reuse + prefetch + 2 * sizes.block,
-        # No parameter stays whole between steps. DeepSpeed gathers those that do one by one after each update, 4000 calls
-        # at 1000 blocks, while gains and biases travel with their block's matrices at no extra call.
+        # No parameter stays whole between steps. DeepSpeed gathers those that do one by one after each update, 4000
+        # calls at 1000 blocks, while gains and biases travel with their block's matrices at no extra call.
         "stage3_param_persistence_threshold": 0,
     }
 
@@ -167,11 +169,14 @@ def check_nvme(offload: Offload) -> None:
     Raises:
         UserError: if not.
     """
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.accelerator import get_accelerator
 
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    with redirect_stdout(io.StringIO()):  # the compiler's command lines
+        builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+        compatible = builder is not None and builder.is_compatible(verbose=False)
+    if not compatible:
         raise UserError(
-            "trainer.strategy: nvme needs DeepSpeed's async_io, which cannot be built here (no libaio headers: apt install"
-            " libaio-dev); allowed here are none and cpu"
+            "trainer.strategy: nvme needs DeepSpeed's async_io, which cannot be built here (apt install libaio-dev"
+            " brings what it needs); allowed here are none and cpu"
         )
     Path(str(offload.nvme_path)).mkdir(parents=True, exist_ok=True)
