@@ -158,6 +158,5 @@ def test_construction_holds_a_share_and_a_few_blocks(worker: Worker, strategy: s
     block = 4 * (13 * width**2 + 4 * width)  # bytes
     group = 8 if strategy == "fsdp" else 1
     for record in records:
-        # Half of the network, what is at work, and 40 kB of bookkeeping per parameter.
-        assert record["peak"] < depth * block / 2 + (2 * group + 3) * block + depth * 8 * 40_000, record["peak"]
-        assert record["peak"] > depth * block / 2
+        # Half of the network; a group of blocks while it is built and sharded; 40 kB of bookkeeping per parameter.
+        assert record["peak"] < depth * block / 2 + (group + 3) * block + depth * 8 * 40_000, record["peak"]
