@@ -265,8 +265,8 @@ class ZeRO3(DeepSpeedStrategy):
 def _freed_at_once() -> Iterator[None]:
     """While a network is built in host memory: weights that were split up give their memory back at once.
 
-    glibc keeps freed memory for what comes next, but the shards that stay in between pin it down: the peak for a share of
-    0.44 GB was 0.6 to 1.1 GB, and is 0.45 GB with each weight in pages of its own.
+    glibc keeps freed memory for what comes next, but the shards that stay in between pin it down: the peak for a share
+    of 0.44 GB was 0.6 to 1.1 GB, and is 0.45 GB with each weight in pages of its own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
