@@ -79,7 +79,7 @@ def test_depth_is_measured_by_real_runs(run_script: Run, data_dir: Path, tmp_pat
         assert set(result["runs"][strategy]) == {"2", "4"}
         assert all(math.isfinite(value) and value > 0 for value in numbers(result["runs"][strategy]))
     assert set(result["holds"]) == {"build_linear", "step_linear", "no_slow_step", "near_ddp"}
-    failed = run_script("bench.py", "depth", *tiny, "overrides=[model.depht=1]")
+    failed = run_script("bench.py", "depth", *tiny, 'overrides=["model.depht=1"]')
     assert failed.returncode == 2
     assert "did you mean depth?" in failed.stderr
 
