@@ -194,12 +194,12 @@ class ZeRO3(DeepSpeedStrategy):
         nvme_path: str | None = None,
         prefetch_blocks: PositiveInt = 2,
     ) -> None:
+        if not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
         offload = Offload(offload_optimizer, offload_parameters, nvme_path)
         if offload.uses_nvme:
             check_nvme(offload)
         self.prefetch_blocks = prefetch_blocks
-        if not torch.cuda.is_available():
-            os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
         # Construction needs to know where parameters go; their sizes are filled in when the network is there.
         super().__init__(config=deepspeed_config(offload))
 
@@ -212,6 +212,10 @@ class ZeRO3(DeepSpeedStrategy):
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_environment()
             return
+        from deepspeed.accelerator import set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        set_accelerator(CPU_Accelerator())  # also on a machine whose GPUs this run leaves alone
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
