@@ -1,4 +1,4 @@
-"""Measure: `python src/bench.py data [key=value …]`. Every config key is explained in `configs/bench_<name>.yaml`."""
+"""Measure: `python src/bench.py data|depth [key=value …]`. Every key is explained in `configs/bench_<name>.yaml`."""
 
 import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
@@ -12,12 +12,12 @@ from hydra import compose
 from omegaconf import DictConfig
 
 import train
-from mvsplit.benchmarks import data
+from mvsplit.benchmarks import data, depth
 from mvsplit.utils import entry
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.errors import UserError
 
-BENCHMARKS = ("data",)
+BENCHMARKS = ("data", "depth")
 
 
 def train_here(overrides: list[str], folder: Path) -> dict[str, float]:
@@ -32,6 +32,13 @@ def bench_data(cfg: DictConfig) -> dict[str, Any]:
     config = to_plain(cfg)
     check_config(config, data.Config)
     return data.measure(config, Path(config["paths"]["output_dir"]), train_here)
+
+
+def bench_depth(cfg: DictConfig) -> dict[str, Any]:
+    """Measure what depth costs; the figures are shown, kept as `bench_depth.json` in the run folder, and returned."""
+    config = to_plain(cfg)
+    check_config(config, depth.Config)
+    return depth.measure(config, Path(config["paths"]["output_dir"]))
 
 
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
@@ -52,4 +59,4 @@ def split_command(argv: list[str]) -> tuple[str, list[str]]:
 if __name__ == "__main__":
     with entry.told():
         benchmark, sys.argv = split_command(sys.argv)
-    entry.run({"data": bench_data}[benchmark], f"bench_{benchmark}.yaml")
+    entry.run({"data": bench_data, "depth": bench_depth}[benchmark], f"bench_{benchmark}.yaml")

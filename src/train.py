@@ -34,6 +34,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     check_config(config, run.TrainConfig)
     run.check_together(config)
     run.check_machine(config)
+    run.say_machine(config)
     run.apply_extras(config)
     output_dir = Path(config["paths"]["output_dir"])
     with run.locked(output_dir):

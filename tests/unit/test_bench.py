@@ -12,7 +12,7 @@ import pytest
 from conftest import SRC, compose_config
 
 import bench
-from mvsplit.benchmarks import data, made
+from mvsplit.benchmarks import data, depth, made
 from mvsplit.data.order import StreamOrder
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.errors import UserError
@@ -62,11 +62,37 @@ def test_all_figures_are_there_and_nothing_is_left(run_script: Run, tmp_path: Pa
 def test_an_unknown_benchmark_is_told_in_one_line() -> None:
     command = [sys.executable, str(SRC / "bench.py"), "memry"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    allowed = "allowed are data, as in `python src/bench.py data`"
+    allowed = "allowed are data, depth, as in `python src/bench.py data`"
     assert (done.returncode, done.stderr) == (2, f"error: benchmark: 'memry' is none; {allowed}\n")
     with pytest.raises(UserError, match="none is named"):
         bench.split_command(["bench.py", "rounds=1"])
     assert bench.split_command(["bench.py", "-m", "data", "rounds=1"]) == ("data", ["bench.py", "-m", "rounds=1"])
+
+
+def test_depth_is_measured_by_real_runs(run_script: Run, data_dir: Path, tmp_path: Path) -> None:
+    tiny = ["depths=[2,4]", "steps=3", "rounds=1", f"paths.data_dir={data_dir}"]
+    done = run_script("bench.py", "depth", *tiny)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("logs/bench_depth/runs/*/bench_depth.json")
+    result = json.loads(file.read_text())
+    for strategy in ("deepspeed", "ddp"):
+        assert set(result["runs"][strategy]) == {"2", "4"}
+        assert all(math.isfinite(value) and value > 0 for value in numbers(result["runs"][strategy]))
+    assert set(result["holds"]) == {"build_linear", "step_linear", "no_slow_step", "near_ddp"}
+    failed = run_script("bench.py", "depth", *tiny, 'overrides=["model.depht=1"]')
+    assert failed.returncode == 2
+    assert "did you mean depth?" in failed.stderr
+
+
+def test_limits_of_depth_are_judged() -> None:
+    def run(build_s: float, step_s: float, worst: float = 1.0) -> dict[str, float]:
+        return {"build_s": build_s, "step_s": step_s, "worst": worst}
+
+    limits = {"growth": 1.2, "spread": 2.0, "ddp": 2.5}
+    linear = {"deepspeed": {"100": run(2, 1), "200": run(3, 2.2)}, "ddp": {"100": run(1, 0.5), "200": run(1, 1)}}
+    assert all(depth.verdicts(linear, limits).values())
+    quadratic = {"deepspeed": {"100": run(1, 1), "200": run(4, 4, 3)}, "ddp": {"100": run(1, 1), "200": run(1, 1)}}
+    assert not any(depth.verdicts(quadratic, limits).values())
 
 
 def test_its_config_is_checked() -> None:

@@ -37,7 +37,7 @@ def test_all_groups_of_the_design_are_there() -> None:
     assert set(GROUPS) == expected
     named = {group: {option for g, option in OPTIONS if g == group} for group in GROUPS}
     assert named["trainer"] >= {"default", "cpu", "gpu", "ddp", "ddp_sim", "fsdp", "deepspeed", "deepspeed_offload"}
-    assert named["debug"] >= {"default", "fdr", "limit", "overfit", "profiler"}
+    assert named["debug"] >= {"default", "fdr", "limit", "overfit", "profiler", "depth"}
     assert named["logger"] >= {"tensorboard", "csv", "many_loggers"}
 
 
@@ -198,6 +198,72 @@ def test_allowed_external_targets_exist() -> None:
 
     for name in EXTERNAL:
         assert callable(locate(name, "test"))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed", "deepspeed_offload"])
+def test_without_a_gpu_the_same_command_takes_cpu_processes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def trainer(*overrides: str) -> dict[str, Any]:
+        return checked(f"trainer={name}", "data.batch_size=64", *overrides)["trainer"]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (trainer()["devices"], trainer()["precision"]) == (2, "32-true")
+    with pytest.raises(UserError, match="this machine has no usable GPU"):
+        run.check_machine(checked(f"trainer={name}", "trainer.accelerator=gpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert (trainer()["devices"], trainer()["precision"]) == (8, "bf16-mixed")
+    forced = trainer("trainer.accelerator=cpu")
+    assert (forced["devices"], forced["precision"]) == (2, "32-true")
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (["offload_optimizer=disk"], "allowed are 'none', 'cpu' or 'nvme'"),
+        (["offload_optimizer=nvme"], "nvme_path = null: a folder on a local disk is needed"),
+        (["nvme_path=/disk"], "nvme_path = /disk: nothing goes there"),
+        (["offload_parameters=cpu"], "offload_optimizer = cpu or nvme is needed with it"),
+        (["offload_optimizer=cpu", "offload_parameters=nvme", "nvme_path=/disk"], "would keep the larger part"),
+    ],
+)
+def test_places_to_offload_to_must_go_together(places: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
+        checked("trainer=deepspeed", *(f"trainer.strategy.{place}" for place in places))
+    assert message in str(caught.value)
+
+
+PAPER_400L, PAPER_1000L = ["experiment=imagenet256_400l"], ["experiment=imagenet256_1000l"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parameters", "start"),
+    [
+        ([*PAPER_400L, "residual=post_norm"], 5_452_858_496, None),
+        ([*PAPER_400L, "residual=layerscale", "residual.lambda_init=1e-4"], 5_452_858_496 + 800 * 1024, 1e-4),
+        (PAPER_400L, 5_454_496_896, 1.0),
+        (PAPER_1000L, 13_635_847_296, 0.03),
+    ],
+    ids=["post_norm", "layerscale", "mvsplit_400", "mvsplit_1000"],
+)
+def test_the_papers_experiments(overrides: list[str], parameters: int, start: float | None) -> None:
+    config = checked(*overrides)
+    trainer, optim = config["trainer"], config["optim"]
+    ranks = trainer["devices"] * trainer["num_nodes"]
+    assert ranks == (16 if overrides == PAPER_1000L else 8)
+    assert config["data"]["batch_size"] == 1024
+    assert 1024 // ranks // trainer["accumulate_grad_batches"] == 64  # samples at a time on a GPU
+    assert (trainer["max_steps"], trainer["gradient_clip_val"], config["flow"]["time_shift"]) == (50000, 1.0, 4.0)
+    assert trainer["val_check_interval"] == 2500 * trainer["accumulate_grad_batches"]
+    assert (optim["lr"], optim["warmup_steps"], optim["schedule"]) == (1.5625e-4, 1000, "constant")
+    with torch.device("meta"):
+        network = build(config["model"])()
+    assert network.input_shape == (128, 16, 16)
+    assert network.segments[0] == 256
+    # The paper's context, encoded captions, has no weights of its own; our learned class tokens do.
+    context = sum(p.numel() for p in network.context.parameters())
+    assert sum(p.numel() for p in network.parameters()) - context == parameters
+    residual = config["residual"]
+    assert residual.get("beta_init", residual.get("lambda_init")) == start
 
 
 def test_seed_zero_is_a_seed() -> None:

@@ -14,7 +14,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from mvsplit.models.layers import Linear
+from mvsplit.models.layers import Linear, normal_like
 
 
 class Context(Protocol):
@@ -46,7 +46,9 @@ class ClassTokens(nn.Module):
         self.null_class = num_classes
         # Unit scale: the context is RMS-normalised on entry, so only its direction counts. Three-dimensional, so
         # weight decay, meant for matrices, leaves it alone.
-        self.table = nn.Parameter(torch.randn(num_classes + 1, num_tokens, width))
+        self.table = nn.Parameter(torch.empty(num_classes + 1, num_tokens, width))
+        with torch.no_grad():
+            self.table.copy_(normal_like(self.table, std=1.0))
 
     def forward(self, condition: Tensor) -> Tensor:
         """condition: (B,) class indices, `null_class` for none. Returns (B, S, D)."""

@@ -103,9 +103,11 @@ class DiT(nn.Module):
         self.context = context(width=width)
         self.segments: Segments = (self.rows * self.columns, self.context.num_tokens)
         self.patch_proj = Linear(patch_dim, width, bias=True)
-        blocks = [Block(width, depth, num_heads, hidden or 3 * width, residual, qk_eps) for _ in range(depth)]
-        self.blocks = nn.ModuleList(blocks)
-        self.normalise_output = not blocks[-1].residual2.normalises_output
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):  # one by one: sharded strategies take each as it is built
+            block = Block(width, depth, num_heads, hidden or 3 * width, residual, qk_eps)
+            self.blocks.append(block)
+        self.normalise_output = not block.residual2.normalises_output
         # Not stated in the paper: we start from a zero velocity, as diffusion transformers commonly do.
         self.final_proj = Linear(width, patch_dim, bias=True, std=0)
         cos, sin = rope_table(self.rows, self.columns, width // num_heads, rope_theta, self.context.num_tokens)

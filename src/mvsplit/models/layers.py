@@ -27,6 +27,14 @@ def standard_std(fan_in: int) -> float:
     return (3 * fan_in) ** -0.5
 
 
+def normal_like(parameter: Tensor, std: float) -> Tensor:
+    """Draws from N(0, std²) of a parameter's shape, in float32 whatever its type.
+
+    A parameter of bfloat16 then starts as the rounded float32 one: drawn in bfloat16 it would be another network.
+    """
+    return nn.init.normal_(torch.empty_like(parameter, dtype=torch.float32), std=std)
+
+
 class Linear(nn.Linear):
     """Linear map whose weight is drawn from N(0, std²); biases start at zero.
 
@@ -45,7 +53,7 @@ class Linear(nn.Linear):
         if self.init_std == 0:
             nn.init.zeros_(self.weight)
         else:
-            nn.init.normal_(self.weight, std=self.init_std)
+            self.weight.copy_(normal_like(self.weight, self.init_std))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -24,9 +24,11 @@ def rope_table(
     if head_dim % 4:
         raise ValueError(f"head_dim = {head_dim}: two-dimensional RoPE needs width / num_heads divisible by 4")
     planes = head_dim // 4
-    frequency = theta ** (-torch.arange(planes, dtype=torch.float64) / planes)
-    row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
-    column = torch.arange(columns, dtype=torch.float64).repeat(rows)
+    # From integers: under DeepSpeed's partitioned construction in bf16 `torch.arange` makes bf16 of any float it is
+    # asked for, and the frequencies would be off by 1/256.
+    frequency = theta ** (-torch.arange(planes).double() / planes)
+    row = torch.arange(rows).double().repeat_interleave(columns)
+    column = torch.arange(columns).double().repeat(rows)
     angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)  # (rows·columns, E/2)
     angle = torch.cat([angle, angle.new_zeros(num_context, 2 * planes)])  # (T, E/2)
     cos, sin = angle.cos().float(), angle.sin().float()

@@ -3,15 +3,30 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Le, Len, Lt
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 Beta = Annotated[float, Ge(0), Lt(1)]
+
+
+class LocalAdamW(torch.optim.AdamW):
+    """AdamW on FSDP2's shards as plain tensors: element by element, a shard needs nothing of the others.
+
+    DTensor works out the layout of a list of n tensors in n² steps: the first update of 100 blocks took 10 s, of 200
+    blocks 77 s.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        return has_complex
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,8 @@ class AdamW:
         ]
         groups = [group for group in groups if group["params"]]
         # Not fused: Lightning does not clip the gradients of a fused optimiser under mixed precision.
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self._betas(), eps=self.eps, foreach=True)
+        kind = LocalAdamW if any(isinstance(p, DTensor) for p in trainable) else torch.optim.AdamW
+        optimizer = kind(groups, lr=self.lr, betas=self._betas(), eps=self.eps, foreach=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
 
     def _betas(self) -> tuple[float, float]:

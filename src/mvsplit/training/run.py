@@ -25,6 +25,7 @@ from mvsplit.utils.console import say, show_table
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.loggers import TensorBoard
 from mvsplit.utils.rng import Seed
+from mvsplit.utils.runs import on_gpus
 
 Group = dict[str, Any]
 
@@ -128,6 +129,20 @@ def check_machine(config: Group) -> None:
     accelerator = config["trainer"].get("accelerator")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator = {accelerator}: this machine has no usable GPU; allowed here is cpu")
+
+
+@rank_zero_only
+def say_machine(config: Group) -> None:
+    """What the run uses of this machine, if it was left to us or is more than one process: one line."""
+    trainer = config["trainer"]
+    devices, machines, accelerator = trainer["devices"], trainer["num_nodes"], trainer["accelerator"]
+    count = len(devices) if isinstance(devices, list) else devices
+    if count == 1 and machines == 1:
+        return
+    kind = "GPUs" if on_gpus(accelerator) else "CPU processes"
+    why = " (no GPU found)" if accelerator == "auto" and not on_gpus(accelerator) else ""
+    machine = f" on each of {machines} machines" if machines > 1 else ""
+    say(f"running on       {count} {kind}{machine}{why}, precision {trainer['precision']}")
 
 
 def apply_extras(config: Group) -> None:

@@ -4,7 +4,11 @@ The only module that imports DeepSpeed, when it is used; `shards.py` knows where
 """
 
 import argparse
+import ctypes
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,27 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from pydantic import PositiveInt
 from torch import distributed as dist
-from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim import Optimizer
 
-from mvsplit.models.dit import Block
 from mvsplit.training import folder
+from mvsplit.training.zero_config import (
+    Offload,
+    OffloadDevice,
+    blocks_of,
+    check_nvme,
+    deepspeed_config,
+    sizes_of,
+    zero_settings,
+)
+from mvsplit.utils.errors import UserError
 
 
 class FolderCheckpoints(CheckpointIO):
@@ -65,8 +82,32 @@ class _Sharded(Strategy):
         return read_checkpoint(checkpoint_path)
 
 
+class ShardedPrecision(Precision):
+    """Precision of FSDP2, whose shards are float32 either way; `FSDP2.policy` says what is computed in bf16.
+
+    Args:
+        precision: `trainer.precision`, as Lightning shows it.
+    """
+
+    def __init__(self, precision: Any) -> None:
+        self.precision = precision
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """Clip by the norm over all ranks: one collective, where PyTorch's own asks DTensor for each parameter."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
+        # One sum of squares per rank, then over ranks: every parameter is sharded, none is counted twice.
+        total = torch.stack(torch._foreach_norm(grads)).square().sum()
+        dist.all_reduce(total)
+        scale = (clip_val / (total.sqrt() + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        torch._foreach_mul_(grads, scale)
+
+
 class FSDP2(_Sharded, ModelParallelStrategy):
     """Lightning's fully-sharded strategy; blocks are sharded in groups, which costs the host less than one by one.
+
+    With `trainer.precision=bf16-mixed` the shards are float32, so that optimiser and average work on them; each group
+    is gathered and computed in bf16, and its gradients are added up over the ranks in float32.
 
     Args:
         blocks_per_group: blocks gathered together.
@@ -80,75 +121,127 @@ class FSDP2(_Sharded, ModelParallelStrategy):
         # Lightning's default gives a node's devices to tensor parallelism and leaves nothing to shard data over.
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+        precision = self.precision_plugin.precision
+        if precision not in ("32-true", "bf16-mixed"):
+            raise UserError(f"trainer.precision = {precision}: allowed with trainer=fsdp are 32-true and bf16-mixed")
+        # Not Lightning's plug-in: autocast would decide operation by operation what the policy decides once.
+        self.precision_plugin = ShardedPrecision(precision)
+        self.policy = MixedPrecisionPolicy()
+        if precision == "bf16-mixed":
+            self.policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
 
-    def shard(self, network: Any) -> None:
-        """Shard a network whose `blocks` are a list, over all ranks."""
-        mesh = self.device_mesh["data_parallel"]
-        blocks = list(network.blocks)
-        for first in range(0, len(blocks), self.blocks_per_group):
-            fully_shard(blocks[first : first + self.blocks_per_group], mesh=mesh)
-        fully_shard(network, mesh=mesh)
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Shard each group of blocks as soon as it is built: the whole network never exists on one rank.
+
+        A block is known by being appended to a `nn.ModuleList`; a network that makes its list at once is sharded
+        afterwards, in `shard`.
+        """
+        built: list[nn.Module] = []
+
+        def register(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+            if isinstance(parent, nn.ModuleList) and child is not None:
+                built.append(child)
+                if len(built) == self.blocks_per_group:
+                    self._shard(list(built))
+                    built.clear()
+
+        handle = register_module_module_registration_hook(register)
+        try:
+            # On the device whose generator the other strategies draw from: the same weights.
+            with self.root_device, _freed_at_once():
+                yield
+        finally:
+            handle.remove()
+
+    def _shard(self, modules: nn.Module | list[nn.Module]) -> None:
+        fully_shard(modules, mesh=self.device_mesh["data_parallel"], mp_policy=self.policy)
+
+    def shard(self, network: nn.Module) -> None:
+        """Shard what is still whole: the last, incomplete group of blocks, and what is not in a block."""
+        left = [block for block in blocks_of(network) if not isinstance(block, FSDPModule)]
+        for first in range(0, len(left), self.blocks_per_group):
+            self._shard(left[first : first + self.blocks_per_group])
+        self._shard(network)
 
 
 class ZeRO3(_Sharded, DeepSpeedStrategy):
     """DeepSpeed ZeRO stage 3, on GPUs or on CPU processes (gloo), sized for networks of many equal blocks.
 
     Args:
-        width: D of the network; sizes what is prefetched and kept (a block has about 13·D² weights). DeepSpeed's own
-            defaults make the second step take minutes at hundreds of blocks.
-        offload_optimizer, offload_parameters: keep these in host memory.
+        offload_optimizer, offload_parameters: where optimiser state, and parameters not in use, are kept: `none` (on
+            the device), `cpu` or `nvme`. nvme_path: a folder on a local disk, for `nvme`.
+        prefetch_blocks: blocks gathered ahead of use.
+
+    Raises:
+        UserError: for places that do not go together, or a machine that cannot do it.
     """
 
-    def __init__(self, width: PositiveInt, offload_optimizer: bool = False, offload_parameters: bool = False) -> None:
-        block = 13 * width**2 + 4 * width
-        zero: dict[str, Any] = {
-            "stage": 3,
-            "contiguous_gradients": True,
-            "overlap_comm": True,
-            "reduce_bucket_size": max(block, 500_000),
-            "stage3_prefetch_bucket_size": 2 * block,
-            "stage3_max_reuse_distance": 2 * block,
-            "stage3_max_live_parameters": 4 * block,
-            "stage3_param_persistence_threshold": 4 * width,
-        }
-        if offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if offload_parameters:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        config = {
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "train_micro_batch_size_per_gpu": 1,  # only used by DeepSpeed's own throughput log
-        }
-        super().__init__(config=config)
+    def __init__(
+        self,
+        offload_optimizer: OffloadDevice = "none",
+        offload_parameters: OffloadDevice = "none",
+        nvme_path: str | None = None,
+        prefetch_blocks: PositiveInt = 2,
+    ) -> None:
+        if not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+        offload = Offload(offload_optimizer, offload_parameters, nvme_path)
+        if offload.uses_nvme:
+            check_nvme(offload)
+        self.prefetch_blocks = prefetch_blocks
+        # Construction needs to know where parameters go; their sizes are filled in when the network is there.
+        super().__init__(config=deepspeed_config(offload))
+
+    @staticmethod
+    def check(offload_optimizer: OffloadDevice, offload_parameters: OffloadDevice, nvme_path: str | None) -> None:
+        """Raise `UserError` for places that do not go together; called on the composed config."""
+        Offload(offload_optimizer, offload_parameters, nvme_path)
 
     def setup_environment(self) -> None:
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_environment()
             return
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        from deepspeed.accelerator import set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        set_accelerator(CPU_Accelerator())  # also on a machine whose GPUs this run leaves alone
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        with super().model_sharded_context(), _freed_at_once():
+            yield
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided the loss by the micro-batches of a step already. Twice makes gradients too small by that
+        # factor, which Adam hides, but clipping and the logged norm do not.
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         import deepspeed
-        from deepspeed.utils import set_z3_leaf_modules
+        from deepspeed.utils import set_z3_leaf_module
 
-        if any(isinstance(module, Block) for module in model.modules()):
+        assert isinstance(self.config, dict)
+        self.config["zero_optimization"] |= zero_settings(sizes_of(model.network), self.prefetch_blocks)
+        for block in blocks_of(model.network):
             # One gather and one hook per block, not per layer: several times faster at hundreds of blocks.
-            set_z3_leaf_modules(model, [Block])
-        engine, wrapped, _, _ = deepspeed.initialize(
-            args=argparse.Namespace(device_rank=-1 if self.root_device.index is None else self.root_device.index),
-            config=self.config,
-            model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            dist_init_required=False,
-        )
+            set_z3_leaf_module(block, True)
+        with _linear_set_up():
+            engine, wrapped, _, _ = deepspeed.initialize(
+                args=argparse.Namespace(device_rank=-1 if self.root_device.index is None else self.root_device.index),
+                config=self.config,
+                model=model,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
+                dist_init_required=False,
+            )
         return engine, wrapped
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
@@ -157,6 +250,47 @@ class ZeRO3(_Sharded, DeepSpeedStrategy):
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
         self.model, _ = self._setup_model_and_optimizer(model, None)
+
+
+@contextmanager
+def _freed_at_once() -> Iterator[None]:
+    """While a network is built in host memory: weights that were split up give their memory back at once.
+
+    glibc keeps freed memory for what comes next, but the shards that stay in between pin it down: the peak for a share
+    of 0.44 GB was 0.6 to 1.1 GB, and is 0.45 GB with each weight in pages of its own.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt(mmap_threshold, 128 << 10)  # its initial value, which it raises with each weight that is freed
+    try:
+        yield
+    finally:  # as far as it would have raised them: training reuses its memory
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 64 << 20)
+
+
+@contextmanager
+def _linear_set_up() -> Iterator[None]:
+    """Keep DeepSpeed's set-up linear in depth.
+
+    Its check for parameters given twice writes down all of them anew for each, three times: most of the set-up at 1000
+    blocks. Ours counts them once.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    def check_for_duplicates(engine: Any, optimizer: Optimizer) -> None:
+        given = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert len(given) == len(set(given)), "a parameter occurs twice in the optimiser's groups"
+
+    original = DeepSpeedEngine._check_for_duplicates
+    DeepSpeedEngine._check_for_duplicates = check_for_duplicates
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._check_for_duplicates = original
 
 
 def shard_network(module: LightningModule, network: nn.Module) -> None:

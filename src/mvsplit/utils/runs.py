@@ -182,9 +182,30 @@ def find_checkpoint(ckpt_path: str, log_dir: str) -> Path:
     return max(found, key=_time)
 
 
+def on_gpus(accelerator: str) -> bool:
+    """Whether a run with this `trainer.accelerator` uses GPUs on this machine."""
+    import torch  # here: most of what this module does needs no torch, and is done first
+
+    return accelerator not in ("cpu", "mps") and torch.cuda.is_available()
+
+
+def devices_here(accelerator: str) -> int:
+    """All GPUs of this machine, or two CPU processes: the fewest that share work out at all."""
+    import torch
+
+    return torch.cuda.device_count() if on_gpus(accelerator) else 2
+
+
+def precision_here(accelerator: str) -> str:
+    """What the device is fast at: CPUs emulate bf16."""
+    return "bf16-mixed" if on_gpus(accelerator) else "32-true"
+
+
 def register_resolvers() -> None:
-    """Resolvers for the configs: `project_root`, `run_dir` and `sweep_dir`."""
+    """Resolvers for the configs: `project_root`, `run_dir`, `sweep_dir`, `devices_here` and `precision_here`."""
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
+    OmegaConf.register_new_resolver("devices_here", devices_here, replace=True)
+    OmegaConf.register_new_resolver("precision_here", precision_here, replace=True)
     for name, find in (("run_dir", _run_dir), ("sweep_dir", _sweep_dir)):
         OmegaConf.register_new_resolver(
             name, lambda log, task, ckpt, given, find=find: find(log, task, ckpt, tuple(given)), replace=True

@@ -1,0 +1,162 @@
+"""Sharded strategies on two real CPU processes train what one process trains: weights, gradients, memory.
+
+One process plays both ranks: the gradient of each rank's micro-batches, averaged. Its forward and backward passes have
+the very shapes of a rank's, so the average of two is the same to the bit.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import compose_config
+from torch import Tensor
+
+from mvsplit.flow.objective import velocity_loss
+from mvsplit.utils.config import build, to_plain
+
+from .sharded_worker import AT
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+STEPS = 20
+SMALL = ["model=tiny", "model.depth=6", "data.batch_size=8", "data.num_workers=0", "trainer.accelerator=cpu",
+         f"trainer.max_steps={STEPS}", "optim.warmup_steps=2", "residual.writer_init=standard",
+         "trainer.gradient_clip_val=0.1"]  # fmt: skip
+Worker = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def worker(data_dir: Path, tmp_path: Path) -> Worker:
+    """`worker(mode, *overrides)`: run the worker and return each rank's record."""
+
+    def run(mode: str, *overrides: str, weights: bool = False) -> list[dict[str, Any]]:
+        command = [sys.executable, str(WORKER), str(tmp_path), mode, f"paths.data_dir={data_dir}", *overrides]
+        environment = os.environ | ({"RECORD_WEIGHTS": "1"} if weights else {})
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+        files = sorted(tmp_path.glob("rank_*.pt"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [torch.load(file, weights_only=True) for file in files]
+
+    return run
+
+
+def built(*overrides: str) -> Any:
+    """The module of one plain process, its network built by the seed."""
+    module = build(to_plain(compose_config("paths.output_dir=/nowhere", *overrides))["module"])
+    module.configure_model()
+    return module
+
+
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    different = [name for name, value in expected.items() if not torch.equal(actual[name], value)]
+    assert not different, different[:5]
+
+
+def close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Relative to each tensor's norm."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        distance = (actual[name] - value).norm() / value.norm().clamp(min=1e-12)
+        assert distance < tolerance, (name, float(distance))
+
+
+def weights(module: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.network.named_parameters()}
+
+
+def average(module: Any, records: list[dict[str, Any]], step: int, accumulate: int) -> dict[str, Tensor]:
+    """The gradient of one step: micro-batch by micro-batch the mean over ranks, then their mean."""
+    total: dict[str, Tensor] = {}
+    for micro in range(step * accumulate, (step + 1) * accumulate):
+        of_ranks = []
+        for record in records:
+            batch = record["batches"][micro]
+            module.zero_grad()
+            x1, t, mask = module.flow.draw(module.seed, batch["position"], batch["image"])
+            condition = module.network.drop(batch["label"], mask)
+            (velocity_loss(module.network, batch["image"], x1, t, condition).mean() / accumulate).backward()
+            of_ranks.append({name: p.grad.clone() for name, p in module.network.named_parameters()})
+        for name in of_ranks[0]:
+            mean = sum(grads[name] for grads in of_ranks) / len(records)
+            total[name] = total[name] + mean if name in total else mean
+    return total
+
+
+def train_alone(module: Any, records: list[dict[str, Any]], accumulate: int) -> None:
+    """The same steps, clipped, in one process."""
+    optimizer, scheduler = module.optim.build(module.network.parameters(), STEPS)
+    for step in range(STEPS):
+        grads = average(module, records, step, accumulate)
+        for name, parameter in module.network.named_parameters():
+            parameter.grad = grads[name]
+        torch.nn.utils.clip_grad_norm_(module.network.parameters(), 0.1)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "checkpoint_every", "accumulate"),
+    [("deepspeed", 0, 1), ("deepspeed", 2, 2), ("fsdp", 2, 2), ("ddp", 0, 1)],
+)
+def test_two_ranks_train_what_one_process_trains(
+    worker: Worker, strategy: str, checkpoint_every: int, accumulate: int
+) -> None:
+    options = [*SMALL, f"model.checkpoint_every={checkpoint_every}"]
+    records = worker("train", *options, f"trainer={strategy}", f"trainer.accumulate_grad_batches={accumulate}")
+    assert len(records) == 2
+    assert len(records[0]["batches"]) == STEPS * accumulate
+    same(records[0]["final"], records[1]["final"])
+
+    alone = built(*options)
+    same(records[0]["initial"], weights(alone))  # the seed's weights, to the bit
+    train_alone(alone, records, accumulate)
+    close(records[0]["final"], weights(alone), 1e-5)
+
+    alone.network.load_state_dict(records[0]["weights"])
+    expected = average(alone, records, AT, accumulate)
+    assert all(grad.abs().max() > 0 for grad in expected.values())
+    if strategy == "deepspeed":
+        same(records[0]["gradient"], expected)  # to the bit
+    else:
+        close(records[0]["gradient"], expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["trainer=deepspeed", "trainer.devices=1"],
+        ["trainer=fsdp", "trainer.devices=1"],
+        ["trainer=deepspeed", "trainer.precision=bf16-mixed"],
+        ["trainer=fsdp", "trainer.precision=bf16-mixed"],
+    ],
+    ids=lambda options: "_".join(o.partition("=")[2] for o in options),
+)
+def test_initial_weights_are_the_seeds_whatever_runs(worker: Worker, options: list[str]) -> None:
+    small = ["model=tiny", "trainer.accelerator=cpu", "seed=3"]
+    record = worker("build", *small, *options, weights=True)[0]
+    expected = weights(built(*small))
+    if options == ["trainer=deepspeed", "trainer.precision=bf16-mixed"]:
+        expected = {name: weight.bfloat16() for name, weight in expected.items()}  # rounded, not drawn anew
+    same(record["initial"], expected)
+    for name, weight in record["initial"].items():
+        if name.endswith(("attention.proj.weight", "ffn.w2.weight", "alpha")):
+            assert not weight.any(), name
+        if name.endswith("beta"):
+            assert bool((weight == weight.new_tensor(4**-0.5)).all()), name
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
+def test_construction_holds_a_share_and_a_few_blocks(worker: Worker, strategy: str) -> None:
+    depth, width = 64, 512
+    sizes = [f"model.depth={depth}", f"model.width={width}", "model.num_heads=4", "trainer.accelerator=cpu"]
+    records = worker("build", *sizes, f"trainer={strategy}")
+    block = 4 * (13 * width**2 + 4 * width)  # bytes
+    group = 8 if strategy == "fsdp" else 1
+    for record in records:
+        # Half of the network; a group of blocks while it is built and sharded; 40 kB of bookkeeping per parameter.
+        assert record["peak"] < depth * block / 2 + (group + 3) * block + depth * 8 * 40_000, record["peak"]
