@@ -1,4 +1,4 @@
-"""Measure: `python src/bench.py data [key=value …]`. Every config key is explained in `configs/bench_<name>.yaml`."""
+"""Measure: `python src/bench.py data|memory [key=value …]`. Their config keys are explained in `configs/bench_*.yaml`."""
 
 import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import train
-from mvsplit.benchmarks import data
+from mvsplit.benchmarks import data, memory
+from mvsplit.training import run
 from mvsplit.utils import entry
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.errors import UserError
 
-BENCHMARKS = ("data",)
+BENCHMARKS = ("data", "memory")
 
 
 def train_here(overrides: list[str], folder: Path) -> dict[str, float]:
@@ -32,6 +34,22 @@ def bench_data(cfg: DictConfig) -> dict[str, Any]:
     config = to_plain(cfg)
     check_config(config, data.Config)
     return data.measure(config, Path(config["paths"]["output_dir"]), train_here)
+
+
+def bench_memory(cfg: DictConfig) -> dict[str, Any]:
+    """Plan the memory of a training run; the figures are shown, kept as `bench_memory.json`, and returned."""
+    config = to_plain(cfg)
+    check_config(config, memory.Config)
+    run.check_together(config)
+    overrides = train_overrides(HydraConfig.get(), {"logger"} | vars(memory.Config)["__annotations__"].keys())
+    return memory.report(config, overrides, Path(config["paths"]["output_dir"]))
+
+
+def train_overrides(hydra: Any, own: set[str]) -> list[str]:
+    """What leads from `train.yaml` to the training config of this command, without the benchmark's own keys."""
+    groups = {group: hydra.runtime.choices[group] for group in ("data", "model", "trainer")}
+    given = [o for o in hydra.overrides.task if o.lstrip("+~").partition("=")[0].partition(".")[0] not in own]
+    return [f"{group}={choice}" for group, choice in groups.items() if f"{group}={choice}" not in given] + given
 
 
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
@@ -52,4 +70,4 @@ def split_command(argv: list[str]) -> tuple[str, list[str]]:
 if __name__ == "__main__":
     with entry.told():
         benchmark, sys.argv = split_command(sys.argv)
-    entry.run({"data": bench_data}[benchmark], f"bench_{benchmark}.yaml")
+    entry.run({"data": bench_data, "memory": bench_memory}[benchmark], f"bench_{benchmark}.yaml")
