@@ -1,4 +1,4 @@
-"""Measure: `python src/bench.py data|memory [key=value …]`. Their config keys are explained in `configs/bench_*.yaml`."""
+"""Measure: `python src/bench.py data|memory [key=value …]`. Every config key is explained in `configs/bench_*.yaml`."""
 
 import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 

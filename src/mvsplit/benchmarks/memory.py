@@ -40,11 +40,14 @@ from mvsplit.utils.errors import UserError
 from mvsplit.utils.runs import PROJECT_ROOT
 
 GIB = 2**30
+SAMPLED_BATCHES = (64, 128)
+"""Where activations are measured; what they take is linear in the batch (gradients in flight only nearly, below 8)."""
 LARGEST = 2**14
 """Where the search for the largest depth and batch ends."""
 THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """For measured CPU runs: freed tensors go back to the system. Left to itself, glibc raises this threshold to 32 MiB and
 keeps freed blocks below it: a peak would then show its leftovers too (10 to 18 % in two runs of 1.5 and 2.4 GiB)."""
+AUTO = {"every": "auto", "fraction": 1.0, "budget_gib": None}
 SHORT_RUN = [
     "task_name=measured", "logger=csv", "trainer.max_steps=3", "trainer.log_every_n_steps=1",
     "trainer.limit_val_batches=0", "test=false",
@@ -275,7 +278,10 @@ def read_job(config: dict[str, Any]) -> Job:
 
 def _activations(job: Job) -> Activations:
     dtype = torch.bfloat16 if job.weight_bytes == 2 else torch.float32
-    return _measured(json.dumps(job.model, sort_keys=True), job.batch, dtype, job.autocast)
+    low, high = (_measured(json.dumps(job.model, sort_keys=True), n, dtype, job.autocast) for n in SAMPLED_BATCHES)
+    share = (job.batch - SAMPLED_BATCHES[0]) / (SAMPLED_BATCHES[1] - SAMPLED_BATCHES[0])
+    line = {name: round(size + share * (getattr(high, name) - size)) for name, size in vars(low).items()}
+    return Activations(**{name: max(0, size) for name, size in line.items()})
 
 
 @lru_cache
@@ -329,8 +335,9 @@ class Plan:
         return self.parameters + self.gradients + self.optimizer + self.average
 
 
-def plan(job: Job) -> Plan:
-    """What the job needs."""
+def plan(job: Job, made: Activations | None = None) -> Plan:
+    """What the job needs. made: its activations; None measures them."""
+    made = made or _activations(job)
     share = -(-job.sizes.total // (job.world if job.strategy in ("zero3", "fsdp2") else 1))
     per = STATES[job.strategy, job.weight_bytes]
     parameters, gradients, optimizer, average, step = (
@@ -344,7 +351,7 @@ def plan(job: Job) -> Plan:
     if job.options.get("offload_parameters") and not job.on_cpu:
         host, parameters, average = host + parameters + average, 0, 0
 
-    made, buffers = _activations(job), _buffers(job)
+    buffers = _buffers(job)
     node = job.model.get("checkpointing")
     checkpointing: Checkpointing = build(node) if node else Checkpointing()
     schedule = checkpointing.schedule(job.depth, made.block, made.trunk)
@@ -391,14 +398,24 @@ def largest(fits: Callable[[int], bool], limit: int = LARGEST) -> int:
     return bisect_left(range(high // 2, min(high, limit + 1)), True, key=lambda n: not fits(n)) + high // 2 - 1
 
 
+def _leanest(job: Job) -> Job:
+    """With `auto`, the schedule of least memory: a budget is for speed, and does not say what fits."""
+    node = job.model.get("checkpointing")
+    if not node or node["every"] != "auto":
+        return job
+    return replace(job, model=job.model | {"checkpointing": node | {"budget_gib": None}})
+
+
 def largest_depth(job: Job, limit: float) -> int:
     """Blocks that fit into so many bytes, everything else as it is."""
-    return largest(lambda depth: plan(job.at(depth=depth)).total <= limit)
+    lean = _leanest(job)
+    return largest(lambda depth: plan(lean.at(depth=depth)).total <= limit)
 
 
 def largest_batch(job: Job, limit: float) -> int:
     """Samples per process and micro-batch that fit into so many bytes, everything else as it is."""
-    return largest(lambda batch: plan(job.at(batch=batch)).total <= limit)
+    lean = _leanest(job)
+    return largest(lambda batch: plan(lean.at(batch=batch)).total <= limit)
 
 
 # ----------------------------------------------------------------- measurement
@@ -509,7 +526,10 @@ def _number(value: int) -> str:
 
 def table_rows(job: Job, table: dict[str, Any], limit: float) -> Iterator[dict[str, Any]]:
     """What other numbers of GPUs hold of other depths: GiB per GPU, samples per GPU and micro-batch."""
-    keeping = replace(job, model=job.model | {"checkpointing": None}) if "checkpointing" in job.model else job
+    keeping = lean = job
+    if node := job.model.get("checkpointing"):
+        keeping = replace(job, model=job.model | {"checkpointing": None})
+        lean = replace(job, model=job.model | {"checkpointing": node | AUTO})
     for depth in table["depths"]:
         for gpus in table["gpus"]:
             states = plan(job.at(depth=depth, world=gpus))
@@ -520,14 +540,14 @@ def table_rows(job: Job, table: dict[str, Any], limit: float) -> Iterator[dict[s
                 "states_gib": states.states / GIB,
                 "left_gib": (limit - states.states) / GIB,
                 "batch_keeping_all": largest_batch(keeping.at(depth=depth, world=gpus), limit),
-                "batch": largest_batch(job.at(depth=depth, world=gpus), limit),
+                "batch": largest_batch(lean.at(depth=depth, world=gpus), limit),
             }
 
 
 def show_other_sizes(rows: list[dict[str, Any]], job: Job, config: dict[str, Any]) -> None:
     title = f"GPUs of {config['device_gib']:g} GiB at width {job.model['width']}, per GPU"
     table = Table(title=title, title_justify="left")
-    columns = ("blocks", "parameters", "GPUs", "states, GiB", "left, GiB", "largest batch, all kept", "checkpointed")
+    columns = ("blocks", "parameters", "GPUs", "states, GiB", "left, GiB", "largest batch, all kept", "recomputed")
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
