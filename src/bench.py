@@ -5,6 +5,7 @@ import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 # isort: split
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def bench_memory(cfg: DictConfig) -> dict[str, Any]:
     config = to_plain(cfg)
     check_config(config, memory.Config)
     run.check_together(config)
-    overrides = train_overrides(HydraConfig.get(), {"logger"} | vars(memory.Config)["__annotations__"].keys())
+    own = {field.name for field in fields(memory.Config)} - {field.name for field in fields(run.TrainConfig)}
+    overrides = train_overrides(HydraConfig.get(), own | {"logger"})
     return memory.report(config, overrides, Path(config["paths"]["output_dir"]))
 
 

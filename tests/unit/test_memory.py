@@ -9,7 +9,9 @@ from conftest import compose_config
 
 import bench
 from mvsplit.benchmarks import memory
-from mvsplit.benchmarks.memory import GIB, Activations, largest, plan, read_job
+from mvsplit.benchmarks.memory import GIB
+from mvsplit.benchmarks.plan import largest, largest_batch, largest_depth, plan, read_job
+from mvsplit.benchmarks.sizes import Activations, measure_activations
 from mvsplit.models.recompute import Schedule
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.errors import UserError
@@ -110,14 +112,14 @@ def test_the_worst_moment_by_hand() -> None:
 def test_measured_activations() -> None:
     """Of one block of width 64 at 20 tokens, in float32: known by hand, and linear in the batch."""
     model = composed(*CPU, "trainer=cpu")["model"]
-    one, two, ten = (memory.measure_activations(model, n, torch.float32, False) for n in (16, 32, 160))
+    one, two, ten = (measure_activations(model, n, torch.float32, False) for n in (16, 32, 160))
     assert one.trunk == 16 * 20 * 64 * 4
     assert 25 * one.trunk < one.block < 29 * one.trunk
     assert ten.block - one.block == 9 * (two.block - one.block)
     assert ten.working - one.working == pytest.approx(9 * (two.working - one.working), rel=0.01)
-    half = memory.measure_activations(model, 16, torch.bfloat16, False)
+    half = measure_activations(model, 16, torch.bfloat16, False)
     assert half.trunk == one.trunk // 2
-    mixed = memory.measure_activations(model, 16, torch.float32, True)
+    mixed = measure_activations(model, 16, torch.float32, True)
     assert mixed.casts == 2 * 13 * 64**2
     assert half.block < mixed.block < one.block + mixed.casts
 
@@ -127,9 +129,9 @@ def test_the_search_finds_the_largest() -> None:
         assert largest(lambda n, limit=limit: n <= limit) == limit
     assert largest(lambda n: True, limit=300) == 300
     job = read_job(composed("data=digits", "model=digits", "trainer=cpu"))
-    assert memory.largest_depth(job, plan(job).total + 10) == 64
+    assert largest_depth(job, plan(job).total + 10) == 64
     job = job.at(batch=4096)
-    assert memory.largest_batch(job, plan(job).total) == 4096
+    assert largest_batch(job, plan(job).total) == 4096
 
 
 @pytest.mark.parametrize(

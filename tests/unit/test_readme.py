@@ -10,7 +10,7 @@ from conftest import compose_config
 
 import bench
 import encode
-from mvsplit.benchmarks import data
+from mvsplit.benchmarks import data, memory
 from mvsplit.training import run
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.entry import plain_overrides
@@ -29,10 +29,9 @@ COMMANDS = [
 def test_every_command_has_a_valid_config(command: list[str]) -> None:
     script, overrides = command[1].removeprefix("src/"), [o for o in command[2:] if o != "-m"]
     if script == "bench.py":
-        assert bench.split_command(command[1:])[0] == "data"
-        check_config(
-            to_plain(compose_config("paths.output_dir=/x", *overrides[1:], name="bench_data.yaml")), data.Config
-        )
+        name = bench.split_command(command[1:])[0]
+        config = to_plain(compose_config("paths.output_dir=/x", *overrides[1:], name=f"bench_{name}.yaml"))
+        check_config(config, {"data": data.Config, "memory": memory.Config}[name])
         return
     overrides = [o.split(",")[0] if o.startswith("residual=") else o for o in overrides]  # the first of a sweep
     name = script.replace(".py", ".yaml")
