@@ -1,23 +1,26 @@
-"""Measure: `python src/bench.py data|depth [key=value …]`. Every key is explained in `configs/bench_<name>.yaml`."""
+"""Measure: `python src/bench.py data|depth|memory [key=value …]`. Every key is explained in `configs/bench_*.yaml`."""
 
 import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
 # isort: split
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import train
-from mvsplit.benchmarks import data, depth
+from mvsplit.benchmarks import data, depth, memory
+from mvsplit.training import run
 from mvsplit.utils import entry
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.errors import UserError
 
-BENCHMARKS = ("data", "depth")
+BENCHMARKS = ("data", "depth", "memory")
 
 
 def train_here(overrides: list[str], folder: Path) -> dict[str, float]:
@@ -41,6 +44,23 @@ def bench_depth(cfg: DictConfig) -> dict[str, Any]:
     return depth.measure(config, Path(config["paths"]["output_dir"]))
 
 
+def bench_memory(cfg: DictConfig) -> dict[str, Any]:
+    """Plan the memory of a training run; the figures are shown, kept as `bench_memory.json`, and returned."""
+    config = to_plain(cfg)
+    check_config(config, memory.Config)
+    run.check_together(config)
+    own = {field.name for field in fields(memory.Config)} - {field.name for field in fields(run.TrainConfig)}
+    overrides = train_overrides(HydraConfig.get(), own | {"logger"})
+    return memory.report(config, overrides, Path(config["paths"]["output_dir"]))
+
+
+def train_overrides(hydra: Any, own: set[str]) -> list[str]:
+    """What leads from `train.yaml` to the training config of this command, without the benchmark's own keys."""
+    groups = {group: hydra.runtime.choices[group] for group in ("data", "model", "trainer")}
+    given = [o for o in hydra.overrides.task if o.lstrip("+~").partition("=")[0].partition(".")[0] not in own]
+    return [f"{group}={choice}" for group, choice in groups.items() if f"{group}={choice}" not in given] + given
+
+
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
     """The benchmark that a command names, and the rest of the command.
 
@@ -59,4 +79,5 @@ def split_command(argv: list[str]) -> tuple[str, list[str]]:
 if __name__ == "__main__":
     with entry.told():
         benchmark, sys.argv = split_command(sys.argv)
-    entry.run({"data": bench_data, "depth": bench_depth}[benchmark], f"bench_{benchmark}.yaml")
+    mains = {"data": bench_data, "depth": bench_depth, "memory": bench_memory}
+    entry.run(mains[benchmark], f"bench_{benchmark}.yaml")

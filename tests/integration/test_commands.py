@@ -102,6 +102,28 @@ SHARDED = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+def test_recomputed_activations_change_nothing_where_parameters_are_shared_out(
+    run_script: Run, tmp_path: Path, strategy: str
+) -> None:
+    """Groups of three blocks end inside FSDP2's groups of two, and the last block keeps what it saves."""
+    options = [f"trainer={strategy}", *SHARDED, "logger=csv", "model.depth=8", "trainer.max_steps=3"]
+    options += ["trainer.strategy.blocks_per_group=2"] * (strategy == "fsdp")
+    ways = {
+        "keep": [],
+        "groups": ["model.checkpointing.every=3", "model.checkpointing.fraction=0.85"],
+        "auto": ["model.checkpointing.every=auto", "model.checkpointing.offload=true"],
+    }
+    losses = {}
+    for task, way in ways.items():
+        done = run_script("train.py", *options, *way, f"task_name={task}")
+        assert done.returncode == 0, done.stderr
+        losses[task] = last_values(runs(tmp_path, task)[0])
+        assert ("blocks are recomputed" in done.stdout) == (task == "auto")
+    for name in ("train/loss", "val/loss", "test/loss"):
+        assert losses["groups"][name] == losses["auto"][name] == losses["keep"][name]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
 def test_sharded_training_equals_one_process_and_resumes(run_script: Run, tmp_path: Path, strategy: str) -> None:
     """Losses with trained and averaged weights agree with a single process; a second command goes on."""
     assert run_script("train.py", "task_name=one", "logger=csv").returncode == 0

@@ -10,7 +10,7 @@ from conftest import compose_config
 
 import bench
 import encode
-from mvsplit.benchmarks import data, depth
+from mvsplit.benchmarks import data, depth, memory
 from mvsplit.training import run
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.entry import plain_overrides
@@ -31,7 +31,7 @@ def test_every_command_has_a_valid_config(command: list[str]) -> None:
     if script == "bench.py":
         kind = bench.split_command(command[1:])[0]
         config = to_plain(compose_config("paths.output_dir=/x", *overrides[1:], name=f"bench_{kind}.yaml"))
-        check_config(config, {"data": data.Config, "depth": depth.Config}[kind])
+        check_config(config, {"data": data.Config, "depth": depth.Config, "memory": memory.Config}[kind])
         return
     overrides = [o.split(",")[0] if o.startswith("residual=") else o for o in overrides]  # the first of a sweep
     name = script.replace(".py", ".yaml")

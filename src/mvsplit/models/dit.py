@@ -14,12 +14,12 @@ import torch
 from annotated_types import Ge, Len
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mvsplit.kernels.merge_norm import Segments
 from mvsplit.models.attention import Attention
 from mvsplit.models.conditioning import Context
 from mvsplit.models.layers import Linear, SwiGLU, rms_norm
+from mvsplit.models.recompute import Checkpointing
 from mvsplit.models.residuals import Residual
 from mvsplit.models.rope import rope_table
 
@@ -71,8 +71,7 @@ class DiT(nn.Module):
         context: makes the context module from `width`, e.g. `functools.partial(ClassTokens, num_classes=10)`.
         residual: makes a residual from `width`, `depth` and `branch`.
         rope_theta: base of the rotary frequencies. eps: ε of the input norms. qk_eps: ε of the QK-norm.
-        checkpoint_every: keep activations only at every k-th block's input and recompute the rest in the backward
-            pass; 0 keeps everything.
+        checkpointing: which blocks' activations are computed again in the backward pass; None keeps everything.
 
     Raises:
         ValueError: naming the key, for sizes that do not fit together.
@@ -92,11 +91,12 @@ class DiT(nn.Module):
         rope_theta: Annotated[float, Ge(1)] = 10000.0,
         eps: PositiveFloat = 1e-6,
         qk_eps: PositiveFloat = 1e-6,
-        checkpoint_every: NonNegativeInt = 0,
+        checkpointing: Checkpointing | None = None,
     ) -> None:
         self.check(image_size, patch_size, width, num_heads)
         super().__init__()
-        self.patch_size, self.channels, self.eps, self.checkpoint_every = patch_size, channels, eps, checkpoint_every
+        self.patch_size, self.channels, self.eps = patch_size, channels, eps
+        self.checkpointing = checkpointing or Checkpointing()
         self.rows, self.columns = image_size[0] // patch_size, image_size[1] // patch_size
         self.input_shape = (channels, *image_size)
         patch_dim = patch_size**2 * channels
@@ -141,7 +141,8 @@ class DiT(nn.Module):
         image = rms_norm(self.patch_proj(patches), self.eps)  # (B, I, D)
         context = rms_norm(self.context(condition), self.eps).to(image.dtype)  # (B, S, D)
         x = torch.cat([image, context], dim=1)  # (B, T, D)
-        x = self._run_blocks(x)[:, : self.segments[0]]  # (B, I, D)
+        x = self.checkpointing.run(self.blocks, x, self.cos, self.sin, self.segments)
+        x = x[:, : self.segments[0]]  # (B, I, D)
         if self.normalise_output:
             x = rms_norm(x, self.eps)
         return unpatchify(self.final_proj(x), self.patch_size, self.rows, self.columns).to(z.dtype)
@@ -149,16 +150,3 @@ class DiT(nn.Module):
     def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
         """The condition, with the samples where mask (B,) is true unconditioned."""
         return self.context.drop(condition, mask)
-
-    def _run_blocks(self, x: Tensor) -> Tensor:
-        def run(x: Tensor, first: int, last: int) -> Tensor:
-            for block in self.blocks[first:last]:
-                x = block(x, self.cos, self.sin, self.segments)
-            return x
-
-        k, depth = self.checkpoint_every, len(self.blocks)
-        if not k or not torch.is_grad_enabled():
-            return run(x, 0, depth)
-        for first in range(0, depth, k):
-            x = checkpoint(run, x, first, min(first + k, depth), use_reentrant=False)
-        return x

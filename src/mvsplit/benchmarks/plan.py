@@ -1,0 +1,268 @@
+"""What a training run needs per process, computed from its composed config before anything is built.
+
+How many copies of parameters, gradients and optimiser state a strategy holds is in `STATES` and `_buffers`; what is
+there at the same time, in `_moments`. Counted is what tensors hold at the worst moment of a training step. Not counted:
+what the allocator loses to fragments, the CUDA context and NCCL (about 1 GiB together), validation and pictures. What a
+block keeps is measured with the CPU's operators; a GPU's fused ones keep less.
+"""
+
+import json
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from mvsplit.benchmarks.sizes import Activations, Sizes, count_parameters, measure_activations
+from mvsplit.models.recompute import Checkpointing, Schedule
+from mvsplit.utils.config import build
+from mvsplit.utils.errors import UserError
+
+SAMPLED_BATCHES = (64, 128)
+"""Where activations are measured; what they take is linear in the batch (gradients in flight only nearly, below 8)."""
+LARGEST = 2**14
+"""Where the search for the largest depth and batch ends."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes per parameter of a process's share."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    average: int
+    step: int
+    """Made for the optimiser step alone: the square root in AdamW, a copy of gradients or weights in float32."""
+
+
+STATES = {
+    ("zero3", 4): States(4, 4, 4 + 8, 4, 4 + 4),  # its master weights are a second copy, and step on flat gradients
+    ("zero3", 2): States(2, 2, 4 + 8, 4, 4 + 4),  # gradients are kept in the parameters' type
+    ("fsdp2", 4): States(4, 4, 8, 4, 4),
+    ("fsdp2", 2): States(2, 2, 4, 4, 4),
+    ("ddp", 4): States(4, 4, 8, 4, 4),
+    ("ddp", 2): States(2, 2, 4, 4, 4),
+}
+"""By strategy and bytes of a weight. ZeRO-3: deepspeed/runtime/zero/stage3.py of 0.19.8."""
+ZERO_STEP_LIMIT = 10**9
+"""Parameters that ZeRO-3 steps at a time (`sub_group_size`)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a config says about memory."""
+
+    model: dict[str, Any]
+    sizes: Sizes
+    depth: int
+    strategy: str
+    """zero3, fsdp2, ddp (world > 1, or one process alone)."""
+    options: dict[str, Any]
+    """Of the strategy's node."""
+    world: int
+    batch: int
+    """Samples of a micro-batch per process."""
+    accumulates: bool
+    weight_bytes: int
+    autocast: bool
+    average: bool
+    on_cpu: bool
+
+    def at(self, **changes: Any) -> "Job":
+        """The same with another depth, batch or world."""
+        sizes = self.sizes.at_depth(self.depth, changes.get("depth", self.depth))
+        return replace(self, sizes=sizes, **changes)
+
+
+def read_job(config: dict[str, Any]) -> Job:
+    """Read a checked training config.
+
+    Raises:
+        UserError: for a number of devices or a strategy that only the machine knows.
+    """
+    trainer, model = config["trainer"], config["model"]
+    devices = trainer["devices"]
+    if devices == "auto":
+        raise UserError("trainer.devices = auto: the planner needs a number")
+    world = (len(devices) if isinstance(devices, list) else devices) * trainer["num_nodes"]
+    accumulate = trainer["accumulate_grad_batches"]
+    node = trainer["strategy"]
+    options = node if isinstance(node, dict) else {}
+    names = {"ZeRO3": "zero3", "FSDP2": "fsdp2", "DDPStrategy": "ddp", "auto": "ddp", "ddp": "ddp"}
+    name = options.get("_target_", node).rpartition(".")[2]
+    if name not in names:
+        raise UserError(f"trainer.strategy = {name}: the planner knows {', '.join(names)}")
+    precision = str(trainer["precision"])
+    zero3 = names[name] == "zero3"
+    half = "16" in precision and (zero3 or "true" in precision)
+    callbacks = [node["_target_"] for node in (config["callbacks"] or {}).values() if node]
+    return Job(
+        model=model,
+        sizes=count_parameters(model),
+        depth=model["depth"],
+        strategy=names[name],
+        options=options,
+        world=world,
+        batch=config["data"]["batch_size"] // (world * accumulate),
+        accumulates=accumulate > 1,
+        weight_bytes=2 if half else 4,
+        autocast="mixed" in precision and not zero3,
+        average=any(target.endswith(".EMA") for target in callbacks),
+        on_cpu=trainer["accelerator"] == "cpu" or (trainer["accelerator"] == "auto" and not torch.cuda.is_available()),
+    )
+
+
+def _activations(job: Job) -> Activations:
+    dtype = torch.bfloat16 if job.weight_bytes == 2 else torch.float32
+    low, high = (_measured(json.dumps(job.model, sort_keys=True), n, dtype, job.autocast) for n in SAMPLED_BATCHES)
+    share = (job.batch - SAMPLED_BATCHES[0]) / (SAMPLED_BATCHES[1] - SAMPLED_BATCHES[0])
+    line = {name: round(size + share * (getattr(high, name) - size)) for name, size in vars(low).items()}
+    return Activations(**{name: max(0, size) for name, size in line.items()})
+
+
+@lru_cache
+def _measured(model: str, batch: int, dtype: torch.dtype, autocast: bool) -> Activations:
+    return measure_activations(json.loads(model), batch, dtype, autocast)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Bytes of whole weights and of gradients on their way."""
+
+    always: int = 0
+    forward: int = 0
+    backward: int = 0
+    gathered: int = 1
+    """Blocks whose weights are gathered together."""
+
+
+def _buffers(job: Job) -> Buffers:
+    block = job.sizes.block * job.weight_bytes
+    if job.strategy == "zero3":  # as `training/strategies.py` sets it, with what it prefetches
+        return Buffers(always=block, forward=4 * block, backward=6 * block)  # a block's gradients, twice
+    if job.strategy == "fsdp2":
+        gathered = min(job.depth, job.options["blocks_per_group"])
+        group = gathered * block  # with a flat copy while it is gathered; then its gradients and their flat copy
+        return Buffers(forward=2 * group, backward=4 * group, gathered=gathered)
+    if job.world > 1 and not job.options.get("gradient_as_bucket_view"):
+        return Buffers(always=job.sizes.total * job.weight_bytes)  # buckets hold every gradient once more
+    return Buffers()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes per process, on its device. `total` is the worst moment of a step; not all parts are there at all times."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    buffers: int
+    step: int
+    total: int
+    moment: str
+    host: int
+    """Bytes in host memory beside them."""
+    schedule: Schedule
+
+    @property
+    def states(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.average
+
+
+def _moments(
+    job: Job, made: Activations, schedule: Schedule, buffers: Buffers, gradients: int, inputs: int
+) -> dict[str, int]:
+    """Bytes of gradients, activations and gathered weights where one of them is at its most.
+
+    Args:
+        gradients: of all parameters. inputs: of the recomputed groups, as far as they stay on the device.
+    """
+    kept, group = job.depth - schedule.recomputed, schedule.largest_group
+    # Lightning gives the last step's gradients up between forward and backward, unless they are to be added to.
+    stay = gradients if job.strategy == "zero3" or job.accumulates else 0
+    blocks = {  # that hold their activations, and what else is there
+        "end of the forward pass": (
+            kept,
+            gradients + inputs + schedule.recomputed * made.casts + buffers.forward,
+        ),
+        "start of the backward pass": (max(kept, group), stay + inputs + made.working + buffers.forward),
+        "first gradients": (max(kept - buffers.gathered, group), stay + inputs + made.working + buffers.backward),
+        "end of the backward pass": (max(min(1, kept), group), gradients + made.working + buffers.backward),
+    }
+    return {moment: count * made.block + other + made.around for moment, (count, other) in blocks.items()}
+
+
+def plan(job: Job, made: Activations | None = None) -> Plan:
+    """What the job needs. made: its activations; None measures them."""
+    made = made or _activations(job)
+    share = -(-job.sizes.total // (job.world if job.strategy in ("zero3", "fsdp2") else 1))
+    per = STATES[job.strategy, job.weight_bytes]
+    parameters, gradients, optimizer, average, step = (
+        share * n for n in (per.parameters, per.gradients, per.optimizer, per.average * job.average, per.step)
+    )
+    host = 0
+    if job.strategy == "zero3":
+        step = min(step, ZERO_STEP_LIMIT * per.step)
+    if job.options.get("offload_optimizer") and not job.on_cpu:
+        host, gradients, optimizer, step = host + gradients + optimizer, 0, 0, 0
+    if job.options.get("offload_parameters") and not job.on_cpu:
+        host, parameters, average = host + parameters + average, 0, 0
+
+    buffers = _buffers(job)
+    node = job.model.get("checkpointing")
+    checkpointing: Checkpointing = build(node) if node else Checkpointing()
+    schedule = checkpointing.schedule(job.depth, made.block, made.trunk)
+    inputs = schedule.groups * made.trunk
+    if checkpointing.offload and not job.on_cpu:
+        host, inputs = host + inputs, 0
+    moments = _moments(job, made, schedule, buffers, gradients, inputs)
+    moments["optimiser step"] = gradients + step
+    moment = max(moments, key=lambda name: moments[name])
+    return Plan(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        average=average,
+        activations=inputs + max(job.depth - schedule.recomputed, schedule.largest_group) * made.block + made.around,
+        buffers=buffers.always + max(buffers.forward, buffers.backward),
+        step=step,
+        total=parameters + optimizer + average + buffers.always + moments[moment],
+        moment=moment,
+        host=host,
+        schedule=schedule,
+    )
+
+
+def largest(fits: Callable[[int], bool], limit: int = LARGEST) -> int:
+    """The largest number up to the limit that fits, if all smaller ones do; 0 if none does."""
+    if not fits(1):
+        return 0
+    high = 2
+    while high <= limit and fits(high):
+        high *= 2
+    return bisect_left(range(high // 2, min(high, limit + 1)), True, key=lambda n: not fits(n)) + high // 2 - 1
+
+
+def _leanest(job: Job) -> Job:
+    """With `auto`, the schedule of least memory: a budget is for speed, and does not say what fits."""
+    node = job.model.get("checkpointing")
+    if not node or node["every"] != "auto":
+        return job
+    return replace(job, model=job.model | {"checkpointing": node | {"budget_gib": None}})
+
+
+def largest_depth(job: Job, limit: float) -> int:
+    """Blocks that fit into so many bytes, everything else as it is."""
+    lean = _leanest(job)
+    return largest(lambda depth: plan(lean.at(depth=depth)).total <= limit)
+
+
+def largest_batch(job: Job, limit: float) -> int:
+    """Samples per process and micro-batch that fit into so many bytes, everything else as it is."""
+    lean = _leanest(job)
+    return largest(lambda batch: plan(lean.at(batch=batch)).total <= limit)

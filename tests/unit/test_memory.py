@@ -1,0 +1,161 @@
+"""The planner's arithmetic against the paper's sizes and by hand; its searches; its config."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import compose_config
+
+import bench
+from mvsplit.benchmarks import memory
+from mvsplit.benchmarks.memory import GIB
+from mvsplit.benchmarks.plan import largest, largest_batch, largest_depth, plan, read_job
+from mvsplit.benchmarks.sizes import Activations, measure_activations
+from mvsplit.models.recompute import Schedule
+from mvsplit.utils.config import check_config, to_plain
+from mvsplit.utils.errors import UserError
+
+PAPER = ["data=imagenet_latents", "model.patch_size=1", "model/context=sample_embeddings", "callbacks.sample_grid=null"]
+CPU = ["data=digits", "model=digits", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    config = to_plain(compose_config("paths.output_dir=/nowhere", *overrides, name="bench_memory.yaml"))
+    check_config(config, memory.Config)
+    return config
+
+
+MADE = Activations(block=20_000, trunk=1_000, around=500, working=4_000, casts=0)
+"""Round numbers in the place of measured ones."""
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters", "gib"),
+    [(400, 5_454_496_896, (12.70, 6.35, 1.59)), (1000, 13_635_847_296, (31.75, 15.87, 3.97))],
+)
+def test_the_papers_states_on_8_16_and_64_gpus(depth: int, parameters: int, gib: tuple[float, ...]) -> None:
+    """20 bytes per parameter and GPU's share: 2 + 2 in bf16, 4 + 8 of ZeRO-3's optimiser, 4 of the average."""
+    config = composed(*PAPER, f"model=layers_{depth}")
+    job = read_job(config)
+    assert job.sizes.total == parameters
+    assert job.sizes.block == 13 * 1024**2 + 4 * 1024
+    for gpus, expected in zip((8, 16, 64), gib, strict=True):
+        planned = plan(job.at(world=gpus), MADE)
+        assert planned.states == pytest.approx(20 * parameters / gpus, rel=1e-6)
+        assert planned.states / GIB == pytest.approx(expected, abs=0.005)
+    other = 1400 - depth
+    assert job.at(depth=other).sizes.total == {400: 13_635_847_296, 1000: 5_454_496_896}[depth]
+
+
+def test_the_table_of_other_sizes() -> None:
+    """The more GPUs, the more of each is left; recomputing makes room for many times the batch."""
+    job = read_job(composed(*PAPER, "model=layers_400"))
+    rows = list(memory.table_rows(job, {"gpus": [8, 64], "depths": [400, 1000]}, 72 * GIB))
+    assert [row["states_gib"] for row in rows] == pytest.approx([12.70, 1.59, 31.75, 3.97], abs=0.005)
+    assert [row["left_gib"] for row in rows] == pytest.approx([59.30, 70.41, 40.25, 68.03], abs=0.005)
+    kept, recomputed = ([row[key] for row in rows] for key in ("batch_keeping_all", "batch"))
+    assert kept[2] < kept[0] < kept[1] < 20
+    assert recomputed[2] < recomputed[0] < recomputed[1]
+    assert all(many > 30 * few for few, many in zip(kept, recomputed, strict=True))
+    least = replace(job, model=job.model | {"checkpointing": job.model["checkpointing"] | memory.AUTO})
+    for row in rows:
+        at = least.at(depth=row["depth"], world=row["gpus"])
+        assert plan(at.at(batch=row["batch"])).total <= 72 * GIB < plan(at.at(batch=row["batch"] + 1)).total
+
+
+@pytest.mark.parametrize(
+    ("overrides", "states", "step"),
+    [
+        (["trainer=cpu"], 4 + 4 + 8 + 4, 4),
+        (["trainer=cpu", "callbacks.ema=null"], 4 + 4 + 8, 4),
+        (["trainer=ddp", "trainer.devices=2"], 4 + 4 + 8 + 4, 4),
+        (["trainer=deepspeed", "trainer.devices=2", "trainer.precision=32-true"], (4 + 4 + 12 + 4) / 2, 8 / 2),
+        (["trainer=deepspeed", "trainer.devices=2"], (2 + 2 + 12 + 4) / 2, 8 / 2),
+        (["trainer=fsdp", "trainer.devices=2", "trainer.precision=32-true"], (4 + 4 + 8 + 4) / 2, 4 / 2),
+        (["trainer=fsdp", "trainer.devices=2"], (2 + 2 + 4 + 4) / 2, 4 / 2),
+        (["trainer=fsdp", "trainer.devices=2", "trainer.precision=bf16-mixed"], (4 + 4 + 8 + 4) / 2, 4 / 2),
+    ],
+    ids=str,
+)
+def test_bytes_per_parameter(overrides: list[str], states: float, step: float) -> None:
+    job = read_job(composed("data=digits", "model=digits", *overrides))
+    planned = plan(job, MADE)
+    assert planned.states == pytest.approx(states * job.sizes.total, rel=1e-5)
+    assert planned.step == pytest.approx(step * job.sizes.total, rel=1e-5)
+
+
+def test_offloaded_states_are_in_host_memory() -> None:
+    job = read_job(composed("data=digits", "model=digits", "trainer=deepspeed_offload", "trainer.devices=2"))
+    planned = plan(job, MADE)
+    assert planned.states == planned.step == 0
+    assert planned.host == pytest.approx(20 * job.sizes.total / 2, rel=1e-5)
+
+
+def test_the_worst_moment_by_hand() -> None:
+    """64 blocks on one process: every activation and the gradients of the step before, at the end of the forward."""
+    job = read_job(composed("data=digits", "model=digits", "trainer=cpu"))
+    states = 20 * job.sizes.total
+    planned = plan(job, MADE)
+    assert planned.total == states + max(64 * 20_000 + 500, 4 * job.sizes.total)
+    assert planned.moment == "optimiser step"  # these activations are small
+    assert planned.activations == 64 * 20_000 + 500
+    recomputed = ["model.checkpointing.every=8", "trainer.accumulate_grad_batches=2"]
+    planned = plan(read_job(composed("data=digits", "model=digits", "trainer=cpu", *recomputed)), MADE)
+    assert planned.schedule == Schedule(64, 8)
+    assert planned.activations == 8 * 1_000 + 8 * 20_000 + 500
+    offloaded = ["trainer=gpu", "model.checkpointing.every=8", "model.checkpointing.offload=true"]
+    planned = plan(read_job(composed("data=digits", "model=digits", *offloaded)), MADE)
+    assert (planned.activations, planned.host) == (8 * 20_000 + 500, 8 * 1_000)
+
+
+def test_measured_activations() -> None:
+    """Of one block of width 64 at 20 tokens, in float32: known by hand, and linear in the batch."""
+    model = composed(*CPU, "trainer=cpu")["model"]
+    one, two, ten = (measure_activations(model, n, torch.float32, False) for n in (16, 32, 160))
+    assert one.trunk == 16 * 20 * 64 * 4
+    assert 25 * one.trunk < one.block < 29 * one.trunk
+    assert ten.block - one.block == 9 * (two.block - one.block)
+    assert ten.working - one.working == pytest.approx(9 * (two.working - one.working), rel=0.01)
+    half = measure_activations(model, 16, torch.bfloat16, False)
+    assert half.trunk == one.trunk // 2
+    mixed = measure_activations(model, 16, torch.float32, True)
+    assert mixed.casts == 2 * 13 * 64**2
+    assert half.block < mixed.block < one.block + mixed.casts
+
+
+def test_the_search_finds_the_largest() -> None:
+    for limit in (0, 1, 2, 3, 7, 8, 9, 1000, 5000):
+        assert largest(lambda n, limit=limit: n <= limit) == limit
+    assert largest(lambda n: True, limit=300) == 300
+    job = read_job(composed("data=digits", "model=digits", "trainer=cpu"))
+    assert largest_depth(job, plan(job).total + 10) == 64
+    job = job.at(batch=4096)
+    assert largest_batch(job, plan(job).total) == 4096
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.devices=auto"], r"trainer\.devices = auto: the planner needs a number"),
+        (["trainer.strategy=fsdp"], r"trainer\.strategy = fsdp: the planner knows ZeRO3, FSDP2"),
+    ],
+)
+def test_what_cannot_be_planned_is_told(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_job(composed("data=digits", "model=digits", "trainer=cpu", *overrides))
+
+
+@pytest.mark.parametrize("wrong", ["device_gib=0", "usable=1.5", "table.gpus=[]", "measure=often"])
+def test_its_config_is_checked(wrong: str) -> None:
+    with pytest.raises(UserError, match=wrong.partition("=")[0].replace(".", r"\.")):
+        composed(wrong)
+
+
+def test_the_measured_run_is_the_planned_one() -> None:
+    class Hydra:
+        runtime = type("Runtime", (), {"choices": {"data": "digits", "model": "tiny", "trainer": "cpu"}})
+        overrides = type("Overrides", (), {"task": ["model=tiny", "device_gib=3", "table.gpus=[2]", "model.depth=5"]})
+
+    own = {"device_gib", "usable", "measure", "table", "logger"}
+    assert bench.train_overrides(Hydra, own) == ["data=digits", "trainer=cpu", "model=tiny", "model.depth=5"]
