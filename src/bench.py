@@ -80,4 +80,4 @@ if __name__ == "__main__":
     with entry.told():
         benchmark, sys.argv = split_command(sys.argv)
     mains = {"data": bench_data, "depth": bench_depth, "memory": bench_memory}
-    entry.run(mains[benchmark], f"bench_{benchmark}.yaml")
+    entry.run(mains[benchmark], f"bench_{benchmark}.yaml", planning=benchmark == "memory")

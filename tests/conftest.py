@@ -43,7 +43,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compose_config(*overrides: str, name: str = "train.yaml") -> DictConfig:
-    register_resolvers()
+    register_resolvers(planning=name == "bench_memory.yaml")
     with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT_ROOT / "configs")):
         return compose(name, overrides=list(overrides))
 

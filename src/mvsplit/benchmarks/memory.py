@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Gt, Le, Len
 from pydantic import PositiveFloat, PositiveInt
 from rich.table import Table
 
 from mvsplit.benchmarks.plan import LARGEST, Job, Plan, largest_batch, largest_depth, plan, read_job
-from mvsplit.training.run import TrainConfig, check_machine
+from mvsplit.training.run import TrainConfig
 from mvsplit.utils.console import console, say, show_table
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.runs import PROJECT_ROOT
@@ -104,9 +105,9 @@ def report(config: dict[str, Any], overrides: list[str], output_dir: Path) -> di
     Args:
         config: checked, of `Config`. overrides: that lead to the same training config from `train.yaml`.
     """
-    if config["measure"]:
-        check_machine(config)  # to plan, it need not be there
     job = read_job(config)
+    if config["measure"] and not job.on_cpu and not torch.cuda.is_available():  # to plan, it need not be there
+        raise UserError("measure = true: this machine has no usable GPU; allowed here is trainer.accelerator=cpu")
     planned = plan(job)
     limit = config["usable"] * config["device_gib"] * GIB
     base = base_gib(job.strategy) if job.on_cpu else 0.0

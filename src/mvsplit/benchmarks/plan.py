@@ -17,6 +17,8 @@ import torch
 
 from mvsplit.benchmarks.sizes import Activations, Sizes, count_parameters, measure_activations
 from mvsplit.models.recompute import Checkpointing, Schedule
+from mvsplit.training.zero_config import SUB_GROUP, zero_settings
+from mvsplit.training.zero_config import Sizes as ZeroSizes
 from mvsplit.utils.config import build
 from mvsplit.utils.errors import UserError
 
@@ -42,13 +44,10 @@ STATES = {
     ("zero3", 4): States(4, 4, 4 + 8, 4, 4 + 4),  # its master weights are a second copy, and step on flat gradients
     ("zero3", 2): States(2, 2, 4 + 8, 4, 4 + 4),  # gradients are kept in the parameters' type
     ("fsdp2", 4): States(4, 4, 8, 4, 4),
-    ("fsdp2", 2): States(2, 2, 4, 4, 4),
     ("ddp", 4): States(4, 4, 8, 4, 4),
     ("ddp", 2): States(2, 2, 4, 4, 4),
 }
 """By strategy and bytes of a weight. ZeRO-3: deepspeed/runtime/zero/stage3.py of 0.19.8."""
-ZERO_STEP_LIMIT = 10**9
-"""Parameters that ZeRO-3 steps at a time (`sub_group_size`)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ class Job:
     """Samples of a micro-batch per process."""
     accumulates: bool
     weight_bytes: int
+    """Of a weight as it is kept. compute_bytes: as it is gathered and computed with."""
+    compute_bytes: int
     autocast: bool
     average: bool
     on_cpu: bool
@@ -98,6 +99,7 @@ def read_job(config: dict[str, Any]) -> Job:
     precision = str(trainer["precision"])
     zero3 = names[name] == "zero3"
     half = "16" in precision and (zero3 or "true" in precision)
+    policy = names[name] == "fsdp2" and "16" in precision  # computes in bf16 with float32 shards
     callbacks = [node["_target_"] for node in (config["callbacks"] or {}).values() if node]
     return Job(
         model=model,
@@ -109,14 +111,15 @@ def read_job(config: dict[str, Any]) -> Job:
         batch=config["data"]["batch_size"] // (world * accumulate),
         accumulates=accumulate > 1,
         weight_bytes=2 if half else 4,
-        autocast="mixed" in precision and not zero3,
+        compute_bytes=2 if half or policy else 4,
+        autocast="mixed" in precision and not zero3 and not policy,
         average=any(target.endswith(".EMA") for target in callbacks),
-        on_cpu=trainer["accelerator"] == "cpu" or (trainer["accelerator"] == "auto" and not torch.cuda.is_available()),
+        on_cpu=trainer["accelerator"] == "cpu",
     )
 
 
 def _activations(job: Job) -> Activations:
-    dtype = torch.bfloat16 if job.weight_bytes == 2 else torch.float32
+    dtype = torch.bfloat16 if job.compute_bytes == 2 else torch.float32
     low, high = (_measured(json.dumps(job.model, sort_keys=True), n, dtype, job.autocast) for n in SAMPLED_BATCHES)
     share = (job.batch - SAMPLED_BATCHES[0]) / (SAMPLED_BATCHES[1] - SAMPLED_BATCHES[0])
     line = {name: round(size + share * (getattr(high, name) - size)) for name, size in vars(low).items()}
@@ -139,14 +142,19 @@ class Buffers:
     """Blocks whose weights are gathered together."""
 
 
-def _buffers(job: Job) -> Buffers:
-    block = job.sizes.block * job.weight_bytes
-    if job.strategy == "zero3":  # as `training/strategies.py` sets it, with what it prefetches
-        return Buffers(always=block, forward=4 * block, backward=6 * block)  # a block's gradients, twice
+def _buffers(job: Job, recomputed: int) -> Buffers:
+    block = job.sizes.block * job.compute_bytes
+    if job.strategy == "zero3":
+        settings = zero_settings(ZeroSizes(job.sizes.block, recomputed), job.options["prefetch_blocks"])
+        bucket = settings["reduce_bucket_size"] * job.weight_bytes
+        # DeepSpeed gathers as far ahead as it may: what it may hold is what it holds. Then a block's gradients, twice.
+        live = min(settings["stage3_max_live_parameters"], job.sizes.total) * job.weight_bytes
+        return Buffers(always=bucket, forward=live, backward=live + 2 * block)
     if job.strategy == "fsdp2":
         gathered = min(job.depth, job.options["blocks_per_group"])
-        group = gathered * block  # with a flat copy while it is gathered; then its gradients and their flat copy
-        return Buffers(forward=2 * group, backward=4 * group, gathered=gathered)
+        group = gathered * block  # with a flat copy while it is gathered; then its gradients, and flat in float32
+        flat = gathered * job.sizes.block * 4
+        return Buffers(forward=2 * group, backward=3 * group + flat, gathered=gathered)
     if job.world > 1 and not job.options.get("gradient_as_bucket_view"):
         return Buffers(always=job.sizes.total * job.weight_bytes)  # buckets hold every gradient once more
     return Buffers()
@@ -207,15 +215,15 @@ def plan(job: Job, made: Activations | None = None) -> Plan:
     )
     host = 0
     if job.strategy == "zero3":
-        step = min(step, ZERO_STEP_LIMIT * per.step)
-    if job.options.get("offload_optimizer") and not job.on_cpu:
+        step = min(step, SUB_GROUP * per.step)
+    if job.options.get("offload_optimizer", "none") != "none" and not job.on_cpu:
         host, gradients, optimizer, step = host + gradients + optimizer, 0, 0, 0
-    if job.options.get("offload_parameters") and not job.on_cpu:
+    if job.options.get("offload_parameters", "none") != "none" and not job.on_cpu:
         host, parameters, average = host + parameters + average, 0, 0
 
-    buffers = _buffers(job)
     node = job.model.get("checkpointing")
     checkpointing: Checkpointing = build(node) if node else Checkpointing()
+    buffers = _buffers(job, checkpointing.likely_group(job.depth))
     schedule = checkpointing.schedule(job.depth, made.block, made.trunk)
     inputs = schedule.groups * made.trunk
     if checkpointing.offload and not job.on_cpu:

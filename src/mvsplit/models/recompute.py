@@ -124,6 +124,10 @@ class Checkpointing:
         assert isinstance(self.every, int)
         return Schedule(round(self.fraction * depth), self.every) if self.every else Schedule(0, 0)
 
+    def likely_group(self, depth: int) -> int:
+        """Blocks that are recomputed together; with `auto` about those that it chooses without a budget."""
+        return self.every if isinstance(self.every, int) else round(math.sqrt(depth / 20))
+
     def run(self, blocks: Iterable[nn.Module], x: Tensor, *args: Any) -> Tensor:
         """`block(x, *args)` for one block after the other. x, and the result: (B, T, D)."""
         blocks = list(blocks)  # slices of a ModuleList are new modules

@@ -49,9 +49,10 @@ def numel(parameter: nn.Parameter) -> int:
 
 def sizes_of(network: nn.Module) -> Sizes:
     blocks = blocks_of(network) or [network]
+    checkpointing = getattr(network, "checkpointing", None)
     return Sizes(
         block=max(sum(numel(p) for p in block.parameters()) for block in blocks),
-        recomputed=getattr(network, "checkpoint_every", 0),
+        recomputed=checkpointing.likely_group(len(blocks)) if checkpointing is not None else 0,
     )
 
 

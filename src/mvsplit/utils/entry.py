@@ -25,12 +25,12 @@ from mvsplit.utils.errors import AgreedError, UserError
 from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers
 
 
-def run(main: Callable[[DictConfig], Any], config_name: str) -> None:
+def run(main: Callable[[DictConfig], Any], config_name: str, planning: bool = False) -> None:
     """Call `main(cfg)` with the config composed from the command line.
 
     A user's mistake prints `error: …` and exits with 2; Ctrl-C exits with 130; a defect of ours keeps its traceback.
     """
-    register_resolvers()
+    register_resolvers(planning)
     with told():
         sys.argv = plain_overrides(sys.argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # we tell what matters ourselves

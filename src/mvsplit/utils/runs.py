@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -182,30 +182,34 @@ def find_checkpoint(ckpt_path: str, log_dir: str) -> Path:
     return max(found, key=_time)
 
 
-def on_gpus(accelerator: str) -> bool:
-    """Whether a run with this `trainer.accelerator` uses GPUs on this machine."""
+def on_gpus(accelerator: str, planning: bool = False) -> bool:
+    """Whether a run with this `trainer.accelerator` uses GPUs on this machine, or if one only plans, on any."""
     import torch  # here: most of what this module does needs no torch, and is done first
 
-    return accelerator not in ("cpu", "mps") and torch.cuda.is_available()
+    return accelerator not in ("cpu", "mps") and (planning or torch.cuda.is_available())
 
 
-def devices_here(accelerator: str) -> int:
-    """All GPUs of this machine, or two CPU processes: the fewest that share work out at all."""
+def devices_here(accelerator: str, planning: bool = False) -> int:
+    """All GPUs of this machine, or two CPU processes: the fewest that share work out at all. Plans are for 8 GPUs."""
     import torch
 
-    return torch.cuda.device_count() if on_gpus(accelerator) else 2
+    return (8 if planning else torch.cuda.device_count()) if on_gpus(accelerator, planning) else 2
 
 
-def precision_here(accelerator: str) -> str:
+def precision_here(accelerator: str, planning: bool = False) -> str:
     """What the device is fast at: CPUs emulate bf16."""
-    return "bf16-mixed" if on_gpus(accelerator) else "32-true"
+    return "bf16-mixed" if on_gpus(accelerator, planning) else "32-true"
 
 
-def register_resolvers() -> None:
-    """Resolvers for the configs: `project_root`, `run_dir`, `sweep_dir`, `devices_here` and `precision_here`."""
+def register_resolvers(planning: bool = False) -> None:
+    """Resolvers for the configs: `project_root`, `run_dir`, `sweep_dir`, `devices_here` and `precision_here`.
+
+    Args:
+        planning: `trainer.accelerator=auto` means GPUs, though there may be none here.
+    """
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
-    OmegaConf.register_new_resolver("devices_here", devices_here, replace=True)
-    OmegaConf.register_new_resolver("precision_here", precision_here, replace=True)
+    OmegaConf.register_new_resolver("devices_here", partial(devices_here, planning=planning), replace=True)
+    OmegaConf.register_new_resolver("precision_here", partial(precision_here, planning=planning), replace=True)
     for name, find in (("run_dir", _run_dir), ("sweep_dir", _sweep_dir)):
         OmegaConf.register_new_resolver(
             name, lambda log, task, ckpt, given, find=find: find(log, task, ckpt, tuple(given)), replace=True
