@@ -98,64 +98,6 @@ def test_ranks_stop_together(script: Callable[..., list[str]], tmp_path: Path) -
     assert 5 <= last(run)["global_step"] < 400
 
 
-SHARDED = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
-
-
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
-def test_recomputed_activations_change_nothing_where_parameters_are_shared_out(
-    run_script: Run, tmp_path: Path, strategy: str
-) -> None:
-    """Groups of three blocks end inside FSDP2's groups of two, and the last block keeps what it saves."""
-    options = [f"trainer={strategy}", *SHARDED, "logger=csv", "model.depth=8", "trainer.max_steps=3"]
-    options += ["trainer.strategy.blocks_per_group=2"] * (strategy == "fsdp")
-    ways = {
-        "keep": [],
-        "groups": ["model.checkpointing.every=3", "model.checkpointing.fraction=0.85"],
-        "auto": ["model.checkpointing.every=auto", "model.checkpointing.offload=true"],
-    }
-    losses = {}
-    for task, way in ways.items():
-        done = run_script("train.py", *options, *way, f"task_name={task}")
-        assert done.returncode == 0, done.stderr
-        losses[task] = last_values(runs(tmp_path, task)[0])
-        assert ("blocks are recomputed" in done.stdout) == (task == "auto")
-    for name in ("train/loss", "val/loss", "test/loss"):
-        assert losses["groups"][name] == losses["auto"][name] == losses["keep"][name]
-
-
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
-def test_sharded_training_equals_one_process_and_resumes(run_script: Run, tmp_path: Path, strategy: str) -> None:
-    """Losses with trained and averaged weights agree with a single process; a second command goes on."""
-    assert run_script("train.py", "task_name=one", "logger=csv").returncode == 0
-    options = [f"trainer={strategy}", *SHARDED, "logger=csv"]
-    first = run_script("train.py", *options, "task_name=two")
-    assert first.returncode == 0, first.stderr
-    expected, actual = (last_values(runs(tmp_path, task)[0]) for task in ("one", "two"))
-    for name in ("train/loss", "val/loss", "test/loss"):
-        assert actual[name] == pytest.approx(expected[name], rel=1e-4), name
-    # Four steps of it, then the rest in another process: the schedule is told the whole length.
-    cut = ["optim.schedule=constant", "task_name=cut"]
-    assert run_script("train.py", *options, *cut, "trainer.max_steps=4").returncode == 0
-    (run,) = runs(tmp_path, "cut")
-    resumed = run_script("train.py", *options, *cut, f"ckpt_path={run}/checkpoints/last.ckpt")
-    assert resumed.returncode == 0, resumed.stderr
-    whole = run_script("train.py", *options, "optim.schedule=constant", "task_name=whole")
-    assert whole.returncode == 0
-    one, two = last_values(runs(tmp_path, "cut")[1]), last_values(runs(tmp_path, "whole")[0])
-    for name in ("train/loss", "val/loss", "test/loss"):
-        assert one[name] == two[name], name
-
-
-def last_values(run: Path) -> dict[str, float]:
-    import csv
-
-    with (run / "csv" / "version_0" / "metrics.csv").open() as file:
-        values: dict[str, float] = {}
-        for row in csv.DictReader(file):
-            values |= {key: float(value) for key, value in row.items() if value}
-    return values
-
-
 def test_multirun_over_residuals(run_script: Run, tmp_path: Path) -> None:
     names = ["mvsplit", "post_norm", "pre_norm", "layerscale", "rezero", "deepnorm", "channel_split"]
     result = run_script("train.py", "-m", f"residual={','.join(names)}", "trainer.max_steps=2")

@@ -100,13 +100,11 @@ def train_alone(module: Any, records: list[dict[str, Any]], accumulate: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("strategy", "checkpoint_every", "accumulate"),
+    ("strategy", "every", "accumulate"),
     [("deepspeed", 0, 1), ("deepspeed", 2, 2), ("fsdp", 2, 2), ("ddp", 0, 1)],
 )
-def test_two_ranks_train_what_one_process_trains(
-    worker: Worker, strategy: str, checkpoint_every: int, accumulate: int
-) -> None:
-    options = [*SMALL, f"model.checkpoint_every={checkpoint_every}"]
+def test_two_ranks_train_what_one_process_trains(worker: Worker, strategy: str, every: int, accumulate: int) -> None:
+    options = [*SMALL, f"model.checkpointing.every={every}"]
     records = worker("train", *options, f"trainer={strategy}", f"trainer.accumulate_grad_batches={accumulate}")
     assert len(records) == 2
     assert len(records[0]["batches"]) == STEPS * accumulate

@@ -215,24 +215,6 @@ def test_one_process_killed_and_resumed_ends_with_the_very_weights(
     assert differences(state(one), state(two)) == []
 
 
-def test_zero3_killed_and_resumed_reads_the_same(
-    script: Callable[..., list[str]], tmp_path: Path, data_dir: Path
-) -> None:
-    options = [*STREAM, "trainer=deepspeed", "trainer.accelerator=cpu", "trainer.devices=2",
-               "trainer.precision=32-true", "trainer.max_steps=30"]  # fmt: skip
-    command = [*script("train.py", *options), "ckpt_path=last"]
-    for lines in (5, 10):
-        kill_somewhere(command, tmp_path, tmp_path / "logs", lines)
-    last = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-    assert last.returncode == 0, last.stderr
-    keys = recorded(runs(tmp_path), 8)
-    assert sorted(keys) == list(range(8 * 30))
-    # The order is the one that any other strategy reads.
-    found = load_index(storage(tmp_path), str(data_dir / "digits"), "train-*.tar", grey()).first(75)
-    order = StreamOrder(75, 0).take(0, 8 * 30)
-    assert [keys[place] for place in range(8 * 30)] == [found.key(storage(tmp_path), i) for i in order]
-
-
 @pytest.mark.parametrize(("first", "then"), [(1, 4), (4, 1), (2, 4)])
 def test_resumed_with_other_micro_batches(train_here: Train, tmp_path: Path, first: int, then: int) -> None:
     """Other micro-batches than before the stop: every step still sees its whole batch, and no validation is lost."""

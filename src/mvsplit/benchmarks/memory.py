@@ -30,20 +30,8 @@ SHORT_RUN = [
     "task_name=measured", "logger=csv", "trainer.max_steps=3", "trainer.log_every_n_steps=1",
     "trainer.limit_val_batches=0", "test=false",
 ]  # fmt: skip
+SILENT = ("best", "every", "last", "sample_grid")
 """Steps that reach the peak (optimiser state is there from the second) and nothing else."""
-BASE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch, torch._dynamo, torch.distributed.tensor, torch.utils.tensorboard
-import train
-if "zero3" in sys.argv: import deepspeed
-from mvsplit.callbacks.throughput import host_peak_gib
-layer = torch.nn.Linear(8, 8)
-layer(torch.randn(2, 8)).sum().backward()
-torch.optim.AdamW(layer.parameters(), foreach=True).step()
-print(host_peak_gib())
-"""
-"""A process that has imported everything and built nothing of size."""
 
 
 @dataclass
@@ -65,11 +53,11 @@ class Config(TrainConfig):
 # ----------------------------------------------------------------- measurement
 
 
-def base_gib(strategy: str) -> float:
-    """What a CPU process holds before it builds anything, in GiB."""
-    command = [sys.executable, "-c", BASE, str(PROJECT_ROOT / "src"), strategy]
-    done = subprocess.run(command, env=os.environ | THRESHOLD, capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
+def base_gib(job: Job, overrides: list[str], folder: Path) -> float:
+    """What a CPU process of such a run holds without a network to speak of, in GiB: the peak of one of `model=tiny`."""
+    trainer = [o for o in overrides if o.lstrip("+").startswith("trainer")]
+    tiny = ["data=digits", "model=tiny", f"data.batch_size={8 * job.world * job.accumulate}"]
+    return measured_gib({}, [*tiny, *trainer], folder / "base", on_cpu=True)
 
 
 def measured_gib(config: dict[str, Any], overrides: list[str], folder: Path, on_cpu: bool) -> float:
@@ -81,18 +69,18 @@ def measured_gib(config: dict[str, Any], overrides: list[str], folder: Path, on_
     Raises:
         UserError: if the run fails or tells no peak.
     """
-    callbacks = config["callbacks"] or {}
-    silent = [f"callbacks.{name}=null" for name in ("best", "every", "last", "sample_grid") if name in callbacks]
+    callbacks = config.get("callbacks", SILENT) or {}
+    silent = [f"callbacks.{name}=null" for name in SILENT if name in callbacks]
     command = [sys.executable, str(PROJECT_ROOT / "src" / "train.py"), *overrides, *SHORT_RUN, *silent]
     command += [f"paths.log_dir={folder}"]
     done = subprocess.run(command, env=os.environ | (THRESHOLD if on_cpu else {}), capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"measure = true: the run failed: {(done.stderr.splitlines() or ['without a word'])[-1]}")
+        raise UserError(f"measuring: the run failed: {(done.stderr.splitlines() or ['without a word'])[-1]}")
     tag = "memory/host_peak_gib" if on_cpu else "memory/device_peak_gib"
     files = folder.glob("measured/runs/*/csv/version_0/metrics.csv")
     peaks = [float(row[tag]) for file in files for row in csv.DictReader(file.open()) if row.get(tag)]
     if not peaks:
-        raise UserError(f"measure = true: the run tells no {tag}; callbacks.throughput is needed")
+        raise UserError(f"measuring: the run tells no {tag}; callbacks.throughput is needed")
     return max(peaks)
 
 
@@ -110,7 +98,7 @@ def report(config: dict[str, Any], overrides: list[str], output_dir: Path) -> di
         raise UserError("measure = true: this machine has no usable GPU; allowed here is trainer.accelerator=cpu")
     planned = plan(job)
     limit = config["usable"] * config["device_gib"] * GIB
-    base = base_gib(job.strategy) if job.on_cpu else 0.0
+    base = base_gib(job, overrides, output_dir) if job.on_cpu else 0.0
     result: dict[str, Any] = {
         "parameters": job.sizes.total,
         "batch": job.batch,
@@ -153,7 +141,7 @@ def show(result: dict[str, Any], job: Job, planned: Plan, config: dict[str, Any]
         "worst moment": f"{gib['total']:8.2f} GiB   {planned.moment}",
     }
     if job.on_cpu:
-        rows["process itself"] = f"{result['base_gib']:8.2f} GiB   measured: everything imported, nothing built"
+        rows["process itself"] = f"{result['base_gib']:8.2f} GiB   measured: a run of model=tiny"
         rows["total"] = f"{result['planned_gib']:8.2f} GiB"
     if planned.host:
         rows["in host memory"] = f"{gib['host']:8.2f} GiB   beside it, per process"

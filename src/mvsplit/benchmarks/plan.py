@@ -64,7 +64,7 @@ class Job:
     world: int
     batch: int
     """Samples of a micro-batch per process."""
-    accumulates: bool
+    accumulate: int
     weight_bytes: int
     """Of a weight as it is kept. compute_bytes: as it is gathered and computed with."""
     compute_bytes: int
@@ -109,7 +109,7 @@ def read_job(config: dict[str, Any]) -> Job:
         options=options,
         world=world,
         batch=config["data"]["batch_size"] // (world * accumulate),
-        accumulates=accumulate > 1,
+        accumulate=accumulate,
         weight_bytes=2 if half else 4,
         compute_bytes=2 if half or policy else 4,
         autocast="mixed" in precision and not zero3 and not policy,
@@ -192,7 +192,7 @@ def _moments(
     """
     kept, group = job.depth - schedule.recomputed, schedule.largest_group
     # Lightning gives the last step's gradients up between forward and backward, unless they are to be added to.
-    stay = gradients if job.strategy == "zero3" or job.accumulates else 0
+    stay = gradients if job.strategy == "zero3" or job.accumulate > 1 else 0
     blocks = {  # that hold their activations, and what else is there
         "end of the forward pass": (
             kept,
@@ -228,6 +228,10 @@ def plan(job: Job, made: Activations | None = None) -> Plan:
     inputs = schedule.groups * made.trunk
     if checkpointing.offload and not job.on_cpu:
         host, inputs = host + inputs, 0
+    if job.strategy == "zero3":
+        # Autograd keeps a view of each weight for the backward pass, and with it what was gathered. Recomputed blocks
+        # have that for one group at a time; others are as if they were not sharded, until their backward pass.
+        made = replace(made, block=made.block + job.sizes.block * job.weight_bytes)
     moments = _moments(job, made, schedule, buffers, gradients, inputs)
     moments["optimiser step"] = gradients + step
     moment = max(moments, key=lambda name: moments[name])

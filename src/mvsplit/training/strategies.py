@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,7 @@ class FSDP2(_Sharded, ModelParallelStrategy):
         self.precision_plugin = ShardedPrecision(precision)
         self.policy = MixedPrecisionPolicy()
         if precision == "bf16-mixed":
-            self.policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-            )
+            self.policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -164,6 +163,7 @@ class FSDP2(_Sharded, ModelParallelStrategy):
         left = [block for block in blocks_of(network) if not isinstance(block, FSDPModule)]
         for first in range(0, len(left), self.blocks_per_group):
             self._shard(left[first : first + self.blocks_per_group])
+        self.policy = replace(self.policy, output_dtype=torch.float32)  # blocks hand the trunk on as it is
         self._shard(network)
 
 
@@ -260,7 +260,7 @@ def _freed_at_once() -> Iterator[None]:
     of 0.44 GB was 0.6 to 1.1 GB, and is 0.45 GB with each weight in pages of its own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
+    if mallopt is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:  # the user has chosen
         yield
         return
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
