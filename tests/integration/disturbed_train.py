@@ -1,5 +1,6 @@
 """`src/train.py` with a callback that disturbs one rank at a known moment; run like it, by the tests of this folder."""
 
+import math
 import os
 import signal
 import sys
@@ -9,18 +10,27 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from lightning import Callback, Trainer
+from torch import Tensor
 
 import train
 from mvsplit.utils import config, entry
 from mvsplit.utils.errors import UserError
+
+handles: list[Any] = []
+
+
+def spoil(output: Tensor) -> None:
+    handles.pop().remove()  # once
+    output.register_hook(lambda gradient: gradient * math.nan)
 
 
 class Disturb(Callback):
     """Does `what` on a rank in a hook, once `step` optimiser steps are done.
 
     Args:
-        what: `defect`, `mistake`, or names of signals, sent one after the other. when: `train`, `validation`, `test`
-            (a batch starts there) or `save`. rank: -1 means all of them.
+        what: `defect`, `mistake`, `spoil` (a NaN in the gradient of this batch, not in its loss), or names of signals,
+            sent one after the other.
+        when: `train`, `validation`, `test` (a batch starts there) or `save`. rank: -1 means all of them.
     """
 
     def __init__(self, what: str, when: str, rank: int, step: int = 7) -> None:
@@ -37,6 +47,11 @@ class Disturb(Callback):
             raise ZeroDivisionError("disturbed by a defect")
         if self.what == "mistake":
             raise UserError("disturbed by a mistake")
+        if self.what == "spoil":
+            network: Any = trainer.lightning_module.network
+            handle = network.register_forward_hook(lambda module, inputs, output: spoil(output))
+            handles.append(handle)
+            return
         for name in self.what.split("+"):
             os.kill(os.getpid(), signal.Signals[name])
 

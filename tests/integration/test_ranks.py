@@ -1,5 +1,7 @@
 """Runs of several processes that are killed, stopped, fail or are told to stop: all end, in time, with one message."""
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -103,6 +105,23 @@ def disturbed(command: list[str], **what: object) -> list[str]:
     keys = "".join(f",{key}:{value}" for key, value in what.items())
     script = str(Path(__file__).with_name("disturbed_train.py"))
     return [command[0], script, *command[2:], f"+callbacks.disturb={{_target_:disturbed_train.Disturb{keys}}}"]
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_before_the_step(
+    script: Script, start: Callable[..., Job], tmp_path: Path
+) -> None:
+    """Under ZeRO-3, whose engine would take its step first and tell later; the second micro-batch of a step has it."""
+    options = [*ZERO3, "trainer.accumulate_grad_batches=2", "trainer.val_check_interval=8000"]
+    job = start(disturbed(script("train.py", *LONG, WATCH, *options), what="spoil", when="train", rank=1))
+    assert job.ends(120) == 2
+    (line,) = errors(job.text)
+    assert "the loss or its gradient is not finite at step 7 " in line
+    assert "no step was taken" in line
+    (run,) = (tmp_path / "logs" / "train" / "runs").iterdir()
+    for rank in (0, 1):
+        report = json.loads((run / f"nonfinite_step_7_rank_{rank}.json").read_text())
+        assert math.isfinite(float(report["loss"]))
+        assert "nan" in report["gradient_norms"].values()
 
 
 @pytest.mark.parametrize(
