@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mvsplit.training.folder import Slice, Slices, Tensors
+from mvsplit.utils.errors import AgreedError
 
 
 def working_weights(network: nn.Module) -> dict[str, Tensor]:
@@ -53,6 +54,8 @@ def _master(parameter: nn.Parameter) -> Tensor:
     optimizer = _zero3(parameter)
     if optimizer is None:
         return _working(parameter).detach()
+    if optimizer.swap_optimizer:
+        return optimizer.get_local_fp32_param(parameter)  # a copy: it is read from the disk
     return _stretch(optimizer, parameter, lambda flat: flat)
 
 
@@ -65,7 +68,7 @@ def _zero3(parameter: nn.Parameter) -> Any:
 
 
 def on_disk(network: nn.Module) -> bool:
-    """Whether the masters lie on NVMe, out of reach between two steps."""
+    """Whether masters and the optimiser's tensors lie on NVMe: they can be read between two steps, but not changed."""
     return any(getattr(_zero3(parameter), "swap_optimizer", False) for parameter in network.parameters())
 
 
@@ -134,7 +137,16 @@ def held_weights(module: nn.Module) -> dict[str, Slice]:
 
 @torch.no_grad()
 def load_weights(module: nn.Module, saved: Tensors) -> None:
-    """Put saved weights into masters, network and buffers."""
+    """Put saved weights into masters, network and buffers.
+
+    Raises:
+        AgreedError: if the masters lie on NVMe.
+    """
+    if on_disk(module):
+        raise AgreedError(
+            "trainer.strategy.offload_optimizer = nvme: nothing can be gone on from with it yet; the checkpoint can be"
+            " with none or cpu"
+        )
     working, masters = working_weights(module), master_weights(module)
     fill(module, saved, masters)
     for name, weight in working.items():
@@ -163,7 +175,10 @@ def held_optimizer(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str, A
         _, state, part = _state(parameter, optimizer)
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim:
-                slices[f"{name}/{key}"] = _slice(parameter, part(value))
+                zero3 = _zero3(parameter)
+                swapped = zero3 is not None and zero3.swap_optimizer
+                here = zero3.get_local_fp32_param(parameter, key) if swapped else part(value)
+                slices[f"{name}/{key}"] = _slice(parameter, here)
             else:
                 counts.setdefault(name, {})[key] = value.cpu() if isinstance(value, Tensor) else value
     groups = [{key: value for key, value in g.items() if key != "params"} for g in _inner(optimizer).param_groups]
