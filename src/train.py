@@ -80,6 +80,8 @@ def _train(config: dict[str, Any], output_dir: Path) -> tuple[dict[str, float], 
             resumed = None if config["train"] else ckpt_path
             trainer.test(module, datamodule=datamodule, ckpt_path=resumed, verbose=False, weights_only=True)
             metrics |= run.plain_metrics(trainer)
+            if not config["train"]:
+                run.show_metrics("tested", metrics)
         if config["train"] and not run.stop_signal(callbacks):
             for logger in loggers:
                 if isinstance(logger, TensorBoard):

@@ -142,7 +142,7 @@ BAD_INPUTS = {
     "wrong value": (["residual.mean_update=leky"], "residual.mean_update = 'leky': allowed are"),
     "unknown option": (["residual=foo"], "Could not find 'residual/foo'; allowed are channel_split, deepnorm"),
     "missing file": (["ckpt_path={tmp}/none.ckpt"], "none.ckpt: there is no such file"),
-    "corrupt checkpoint": (["ckpt_path={tmp}/corrupt.ckpt"], "corrupt.ckpt: damaged, or not a checkpoint"),
+    "corrupt checkpoint": (["ckpt_path={tmp}/corrupt.ckpt"], "corrupt.ckpt: not a checkpoint of this project"),
     "foreign checkpoint": (["ckpt_path={tmp}/foreign.ckpt"], "foreign.ckpt: not a checkpoint of this project"),
     "read-only log folder": ([f"paths.log_dir={READ_ONLY}"], "logs"),
     "log folder is a file": (["paths.log_dir={tmp}/file"], "Not a directory"),

@@ -18,6 +18,8 @@ from conftest import compose_config
 import encode
 from mvsplit.utils.errors import UserError
 
+from .conftest import TIMES
+
 KEYS = ["data=digits", "kind=latents", "autoencoder=tiny", "shard_size=6", "batch_size=4"]
 
 
@@ -53,14 +55,14 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-def test_killed_ten_times_it_ends_with_the_very_files(
+def test_killed_again_and_again_it_ends_with_the_very_files(
     script: Callable[..., list[str]], data_dir: Path, tmp_path: Path, whole: Path
 ) -> None:
     out = tmp_path / "out"
     command = [*script("encode.py", *KEYS), f"paths.data_dir={data_dir}", f"output={out}", "num_processes=2"]
     rng = random.Random(0)
     reached = []
-    for kill in range(10):
+    for kill in range(TIMES or 4):
         before = len(list(out.glob("*.tar")))
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         # Every other one at any time of the start, the rest while shards are written.
@@ -75,7 +77,7 @@ def test_killed_ten_times_it_ends_with_the_very_files(
         assert not (out / "train.manifest.json").exists()
         reached.append(len(list(out.glob("*.tar"))))
     assert reached == sorted(reached)
-    assert 20 < reached[-1] < 300
+    assert 5 < reached[-1] < 300
     time.sleep(0.5)
     assert not processes_of(out)  # the workers have gone with the main process
     final = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)

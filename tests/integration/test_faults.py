@@ -19,11 +19,11 @@ import pytest
 
 from mvsplit.training.folder import COMPLETE, Saved
 
-from .conftest import differences, state
+from .conftest import TIMES, differences, state
 from .test_commands import runs
 
-TIMES = int(os.environ.get("MVSPLIT_FAULTS", "2"))
-STEPS = 12 * TIMES
+KILLS = TIMES or 2
+STEPS = 12 * KILLS
 WITHIN_S = 60
 """How soon a disturbed run must have ended, all of it."""
 OPTIONS = [
@@ -126,7 +126,7 @@ def finish(
 def test_a_rank_killed_at_any_moment(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
     chance = random.Random(0)
     command = [*script("train.py", *OPTIONS), "ckpt_path=last"]
-    for attempt in range(TIMES):
+    for attempt in range(KILLS):
         run = Disturbed(command, tmp_path)
         ranks = run.reach(("in a step", "in a save", "after a save")[attempt % 3], chance.random())
         victim = chance.randrange(2)
@@ -142,7 +142,7 @@ def test_a_rank_killed_at_any_moment(script: Script, tmp_path: Path, finish: Cal
 def test_stopped_by_signals_at_any_moment(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
     chance = random.Random(1)
     command = [*script("train.py", *OPTIONS), "ckpt_path=last"]
-    for attempt in range(TIMES):
+    for attempt in range(KILLS):
         run = Disturbed(command, tmp_path)
         ranks = run.reach(("in a step", "in a save", "in a step")[attempt % 3], chance.random())
         for pid in chance.choice((ranks, ranks[:1], ranks[1:])):
@@ -187,7 +187,7 @@ def test_one_byte_of_the_newest_has_changed(
     assert differences(state(tmp_path / "cut"), state(tmp_path / "whole")) == []
 
 
-@pytest.mark.skipif("MVSPLIT_FAULTS" not in os.environ, reason="mounts a file system")
+@pytest.mark.skipif(not TIMES, reason="mounts a file system")
 def test_a_full_disk(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()

@@ -29,7 +29,7 @@ CPU = ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 ONE = ["optim.warmup_steps=3", "optim.schedule=constant", "logger=csv", "callbacks.sample_grid=null",
        "callbacks.best=null", "trainer.val_check_interval=100", "trainer.limit_test_batches=1"]  # fmt: skip
 CHAIN: list[tuple[str, int]] = [
-    ("deepspeed", 2), ("deepspeed", 4), ("fsdp", 2), ("deepspeed", 1), ("ddp_sim", 2), ("deepspeed", 2), ("cpu", 1),
+    ("deepspeed", 2), ("deepspeed", 4), ("fsdp", 2), ("ddp_sim", 2), ("deepspeed", 2), ("cpu", 1),
 ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from mvsplit.data.scan import stamp
 from mvsplit.training.folder import Saved, Slice, write
 from mvsplit.utils.errors import UserError
 
-from .conftest import differences, state, weights
+from .conftest import TIMES, differences, state, weights
 from .test_commands import runs
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -125,7 +125,8 @@ def test_the_loader_killed_ten_times_and_resumed_otherwise_reads_the_same(tmp_pa
 
 # ------------------------------------------------------------ through train.py
 
-LENGTH = 160
+KILLS = TIMES or 4
+LENGTH = 16 * KILLS
 STREAM = [
     "callbacks=record",
     "data.batch_size=8",
@@ -162,7 +163,7 @@ def kill_somewhere(command: list[str], cwd: Path, folder: Path, lines: int) -> N
         os.killpg(process.pid, signal.SIGKILL)  # other ranks would wait for it a while
 
 
-def test_train_killed_ten_times_and_resumed_on_other_ranks_and_workers(
+def test_train_killed_and_resumed_on_other_ranks_and_workers(
     script: Callable[..., list[str]], run_script: Run, tmp_path: Path
 ) -> None:
     assert run_script("train.py", *STREAM, "task_name=whole").returncode == 0
@@ -170,13 +171,13 @@ def test_train_killed_ten_times_and_resumed_on_other_ranks_and_workers(
     expected = recorded([whole], 8)
     assert sorted(expected) == list(range(8 * LENGTH))
     chance, ckpt, folders = random.Random(1), "null", []
-    for attempt in range(11):
+    for attempt in range(KILLS + 1):
         ranks, workers = (1, 2)[attempt % 2], (0, 1, 4)[attempt % 3]
         options = ["trainer=ddp_sim" if ranks == 2 else "trainer=cpu", f"data.num_workers={workers}"]
         task = f"part_{attempt:02d}"
         command = script("train.py", *STREAM, *options, f"task_name={task}", f"ckpt_path={ckpt}")
         parts = tmp_path / "logs" / task
-        if attempt < 10:
+        if attempt < KILLS:
             kill_somewhere(command, tmp_path, parts, chance.randint(4, 7))
         else:
             last = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)

@@ -56,8 +56,9 @@ class Config(TrainConfig):
 def base_gib(job: Job, overrides: list[str], folder: Path) -> float:
     """What a CPU process of such a run holds without a network to speak of, in GiB: the peak of one of `model=tiny`."""
     trainer = [o for o in overrides if o.lstrip("+").startswith("trainer")]
-    tiny = ["data=digits", "model=tiny", f"data.batch_size={8 * job.world * job.accumulate}"]
-    return measured_gib({}, [*tiny, *trainer], folder / "base", on_cpu=True)
+    tiny = ["data=digits", "model=tiny", f"data.batch_size={16 * job.accumulate}"]
+    few = ["trainer.num_nodes=1", f"trainer.devices={min(job.world, 2)}"]  # as many as show what another rank adds
+    return measured_gib({}, [*tiny, *trainer, *few], folder / "base", on_cpu=True)
 
 
 def measured_gib(config: dict[str, Any], overrides: list[str], folder: Path, on_cpu: bool) -> float:
@@ -113,7 +114,7 @@ def report(config: dict[str, Any], overrides: list[str], output_dir: Path) -> di
         "largest_batch": largest_batch(job, limit - base * GIB),
     }
     show(result, job, planned, config)
-    if not job.on_cpu:
+    if not job.on_cpu and config["table"]:
         result["table"] = list(table_rows(job, config["table"], limit))
         show_other_sizes(result["table"], job, config)
     if config["measure"]:

@@ -98,6 +98,9 @@ def read_job(config: dict[str, Any]) -> Job:
         raise UserError(f"trainer.strategy = {name}: the planner knows {', '.join(names)}")
     precision = str(trainer["precision"])
     zero3 = names[name] == "zero3"
+    known = ("32-true", "bf16-mixed") + (("bf16-true", "16-mixed") if names[name] != "fsdp2" else ())
+    if precision not in known:
+        raise UserError(f"trainer.precision = {precision}: with this strategy the planner knows {', '.join(known)}")
     half = "16" in precision and (zero3 or "true" in precision)
     policy = names[name] == "fsdp2" and "16" in precision  # computes in bf16 with float32 shards
     callbacks = [node["_target_"] for node in (config["callbacks"] or {}).values() if node]

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mvsplit import __version__
-from mvsplit.training.folder import PARTIAL, Saved, Tensors, write_safetensors
+from mvsplit.training.folder import COMPLETE, PARTIAL, Saved, Tensors, write_safetensors
 from mvsplit.utils.config import build, check_config
 from mvsplit.utils.console import track
 from mvsplit.utils.errors import UserError
@@ -127,8 +127,14 @@ def convert(path: Path, output: Path, weights: Sequence[str], dtype: torch.dtype
         Number of tensors written.
 
     Raises:
-        UserError: if the checkpoint is damaged or has no averaged weights.
+        UserError: if the checkpoint is damaged or has no averaged weights, or no such file can be written.
     """
+    if output.suffix != ".safetensors" or (output.exists() and not output.is_file()):
+        raise UserError(f"output = {output}: a file that ends in .safetensors is needed")
+    if any((folder / COMPLETE).exists() for folder in output.resolve().parents):
+        raise UserError(f"output = {output}: lies in a checkpoint, which would no longer be whole")
+    if not output.parent.is_dir():
+        raise UserError(f"output = {output}: there is no such folder")
     saved = Saved(path)
     sources: dict[str, tuple[Tensors, str]] = {}
     for which in weights:
@@ -146,8 +152,11 @@ def convert(path: Path, output: Path, weights: Sequence[str], dtype: torch.dtype
     about = {"mvsplit": __version__, "step": str(saved.step), "config": yaml.safe_dump(read_config(saved))}
     partial = output.with_name(output.name + PARTIAL)
     partial.unlink(missing_ok=True)
-    write_safetensors(partial, sizes, values, about)
-    partial.replace(output)
+    try:
+        write_safetensors(partial, sizes, values, about)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
     return len(sources)
 
 

@@ -75,7 +75,7 @@ def write(path: Path, state: dict[str, Any], tensors: Mapping[str, Slices], toge
 
     def prepare() -> None:
         if rank == 0:
-            for left in path.parent.glob(f"*{PARTIAL}"):  # by a process that was killed
+            for left in path.parent.glob(f"*{path.suffix}{PARTIAL}"):  # by a process that was killed
                 shutil.rmtree(left)
             partial.mkdir(parents=True)
 

@@ -257,10 +257,15 @@ def save_config(config: Group, output_dir: Path) -> None:
 
 
 @rank_zero_only
+def show_metrics(title: str, metrics: dict[str, float]) -> None:
+    """A table of them, but for those by time."""
+    show_table(title, {name: f"{value:.4g}" for name, value in sorted(metrics.items()) if "loss_t_" not in name})
+
+
+@rank_zero_only
 def show_summary(trainer: Trainer, metrics: dict[str, float], output_dir: Path, log_dir: Path) -> None:
     """The table at the end of a run: metrics, where everything is, and the command that shows the log."""
-    rows = {name: f"{value:.4g}" for name, value in sorted(metrics.items()) if "loss_t_" not in name}
-    show_table("run finished", rows)
+    show_metrics("run finished", metrics)
     show_faults(trainer)
     for callback in trainer.callbacks:
         if isinstance(callback, LastCheckpoint) and (callback.folder / "last.ckpt").exists():
