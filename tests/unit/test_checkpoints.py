@@ -171,3 +171,23 @@ def test_conversion_to_one_file(tmp_path: Path) -> None:
 def test_written_by_the_library_read_by_us(tmp_path: Path) -> None:
     save_file({"w": torch.arange(6.0)}, tmp_path / "w-0.safetensors", metadata={"slices": '{"w": [0, 2, 3]}'})
     assert Tensors([tmp_path / "w-0.safetensors"]).whole("w").tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_conversion_writes_only_where_it_can_harm_nothing(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    path = save(tmp_path / "checkpoints" / "last-00000005.ckpt")
+    (tmp_path / "folder.safetensors").mkdir()
+    for output, message in {
+        path / "weights-00000.safetensors": "lies in a checkpoint",
+        path: "a file that ends in .safetensors is needed",
+        tmp_path / "folder.safetensors": "a file that ends in .safetensors is needed",
+        Path("/dev/full"): "a file that ends in .safetensors is needed",
+        tmp_path / "none" / "model.safetensors": "there is no such folder",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            convert(path, output, ["raw"], torch.float32)
+    Saved(path).verify()
+    # What a killed conversion leaves in the same folder does not keep a run from saving.
+    (tmp_path / "checkpoints" / "model.safetensors.partial").touch()
+    save(tmp_path / "checkpoints" / "last-00000006.ckpt", 6)

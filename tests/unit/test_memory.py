@@ -138,6 +138,7 @@ def test_the_search_finds_the_largest() -> None:
     [
         (["trainer.devices=auto"], r"trainer\.devices = auto: the planner needs a number"),
         (["trainer.strategy=fsdp"], r"trainer\.strategy = fsdp: the planner knows ZeRO3, FSDP2"),
+        (["trainer.precision=64-true"], r"trainer\.precision = 64-true: with this strategy the planner knows 32-true"),
     ],
 )
 def test_what_cannot_be_planned_is_told(overrides: list[str], message: str) -> None:
