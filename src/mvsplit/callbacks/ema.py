@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from mvsplit.training.folder import Tensors
-from mvsplit.training.shards import fill, master_weights, on_disk, slices_of, working_weights
+from mvsplit.training.shards import fill, master_weights, on_disk, slices_of, whole_storages, working_weights
 from mvsplit.utils.errors import AgreedError
 
 
@@ -30,20 +30,28 @@ class EMA(Callback):
         self.decay = decay
         self.num_updates = 0
         self.shadow: dict[str, Tensor] = {}
-        self._masters: list[Tensor] = []
+        self._masters: list[Tensor] = []  # what is averaged, and the averages: `shadow` views them
+        self._averages: list[Tensor] = []
         self._saved: Tensors | None = None  # the averages of a checkpoint, until the network is there
         self._trained: dict[str, Tensor] | None = None
 
     def _begin(self, module: LightningModule) -> list[Tensor]:
         """Start from the checkpoint's averages, or from the weights as they are. Returns the masters."""
-        masters = master_weights(module)
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                self.shadow[name] = masters[name].to(torch.float32, copy=True)
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        masters = {name: weight for name, weight in master_weights(module).items() if name in trained}
+        buffers = whole_storages(list(masters.values()))  # ZeRO-3: one averaging for all weights, not one for each
+        self._averages = [buffer.to(torch.float32, copy=True) for buffer in buffers]
+        places = {buffer.data_ptr(): average for buffer, average in zip(buffers, self._averages, strict=True)}
+        for name, weight in masters.items():
+            own = places.get(weight.data_ptr())
+            if own is None or own.numel() != weight.numel():  # a part of a buffer
+                buffer = places[weight.untyped_storage().data_ptr()]
+                own = buffer.as_strided(weight.size(), weight.stride(), weight.storage_offset())
+            self.shadow[name] = own.view(weight.shape)
         if self._saved is not None:
             fill(module, self._saved, self.shadow)
             self._saved = None
-        return [masters[name] for name in self.shadow]
+        return buffers
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if on_disk(module):
@@ -56,7 +64,7 @@ class EMA(Callback):
         self.num_updates = trainer.global_step
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         weights = [weight.detach().float() for weight in self._masters]
-        torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - decay)
+        torch._foreach_lerp_(self._averages, weights, 1 - decay)
 
     def _swap_in(self, module: LightningModule) -> None:
         if self._saved is not None:  # testing without training

@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mvsplit.training.shards import gradient_norms
+from mvsplit.training.shards import gradient_norm, gradient_norms
 from mvsplit.utils.errors import AgreedError
 
 
@@ -40,7 +40,7 @@ class NonFiniteStop(Callback):
         if engine is not None and not engine.is_gradient_accumulation_boundary():
             # DeepSpeed is asked for a step after each micro-batch. A loss that is not finite is in the gradient too.
             return
-        norm = gradient_norms(module).get("", math.nan)
+        norm = gradient_norm(module)
         finite = bool(self._loss.isfinite())
         if trainer.precision != "16-mixed":  # there, a loss scaler skips the step and tries a smaller scale
             module.log("train/grad_norm", norm)

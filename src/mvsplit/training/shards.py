@@ -224,24 +224,61 @@ def _state(parameter: nn.Parameter, optimizer: Optimizer) -> tuple[Tensor, dict[
 def local_gradients(module: nn.Module) -> dict[str, Tensor]:
     """The gradients of this step as far as they lie here, summed up over micro-batches and processes."""
     gradients = {}
+    averaged: dict[int, Tensor] = {}  # parameter → gradient: DeepSpeed's, unless it has moved them to its optimiser's
     for name, parameter in module.named_parameters():
         zero3 = _zero3(parameter)
-        gradient = parameter.grad if zero3 is None else zero3.get_local_fp32_grad_for_param(parameter)
+        if zero3 is not None and not zero3.offload_optimizer and not averaged:
+            for number, group in zero3.averaged_gradients.items():
+                averaged |= zip(map(id, zero3.fp16_groups[number]), group, strict=True)
+        if zero3 is None:
+            gradient = parameter.grad
+        elif id(parameter) in averaged:
+            gradient = averaged[id(parameter)]
+        else:
+            gradient = zero3.get_local_fp32_grad_for_param(parameter)
         if gradient is not None:
             gradients[name] = _local(gradient)
     return gradients
 
 
-def gradient_norms(module: nn.Module, family: Callable[[str], str] = lambda name: "") -> dict[str, float]:
-    """Norms of the gradient, of all or by family of parameters; a collective call where gradients are shared out."""
+def whole_storages(tensors: list[Tensor]) -> list[Tensor]:
+    """The same numbers in fewer tensors: those that lie side by side in one buffer, as ZeRO-3's do, as that buffer."""
+    buffers: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        buffers.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    merged = []
+    for parts in buffers.values():
+        storage, dtype = parts[0].untyped_storage(), parts[0].dtype
+        if sum(part.nbytes for part in parts) == storage.nbytes():
+            merged.append(torch.empty(0, dtype=dtype, device=parts[0].device).set_(storage))
+        else:
+            merged += parts
+    return merged
+
+
+def gradient_norm(module: nn.Module) -> float:
+    """Norm of the whole gradient; a collective call where gradients are shared out."""
+    squares = _squares(whole_storages(list(local_gradients(module).values())))
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    return float(_over_ranks(module, total).sqrt())
+
+
+def gradient_norms(module: nn.Module, family: Callable[[str], str]) -> dict[str, float]:
+    """Norms of the gradient by family of parameters; a collective call where gradients are shared out."""
     gradients = local_gradients(module)
-    if not gradients:
-        return {}
-    squares = torch.stack(torch._foreach_norm(list(gradients.values()))).double().square()
     names = [family(name) for name in gradients]
     families = sorted(set(names))
+    squares = torch.stack(_squares(list(gradients.values())))
     index = torch.tensor([families.index(name) for name in names], device=squares.device)
     total = squares.new_zeros(len(families)).index_add_(0, index, squares)
+    return dict(zip(families, _over_ranks(module, total).sqrt().tolist(), strict=True))
+
+
+def _squares(tensors: list[Tensor]) -> list[Tensor]:
+    return [norm.double().square() for norm in torch._foreach_norm(tensors)] if tensors else []
+
+
+def _over_ranks(module: nn.Module, squares: Tensor) -> Tensor:
     if any(hasattr(p, "ds_tensor") or isinstance(p.data, DTensor) for p in module.parameters()):
-        dist.all_reduce(total)
-    return dict(zip(families, total.sqrt().tolist(), strict=True))
+        dist.all_reduce(squares)
+    return squares
