@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from mvsplit.training.shards import local
+
 Beta = Annotated[float, Ge(0), Lt(1)]
 
 
@@ -25,7 +27,7 @@ class LocalAdamW(torch.optim.AdamW):
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
         has_complex = super()._init_group(group, *lists)
         for tensors in lists:
-            tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+            tensors[:] = [local(t) for t in tensors]
         return has_complex
 
 

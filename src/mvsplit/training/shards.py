@@ -28,10 +28,11 @@ def working_weights(network: nn.Module) -> dict[str, Tensor]:
 def _working(parameter: nn.Parameter) -> Tensor:
     if hasattr(parameter, "ds_tensor"):
         return parameter.ds_tensor
-    return _local(parameter.data)
+    return local(parameter.data)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """What lies here of a tensor that FSDP2 may have shared out: a view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -51,12 +52,12 @@ def master_weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _master(parameter: nn.Parameter) -> Tensor:
-    optimizer = _zero3(parameter)
-    if optimizer is None:
+    zero3 = _zero3(parameter)
+    if zero3 is None:
         return _working(parameter).detach()
-    if optimizer.swap_optimizer:
-        return optimizer.get_local_fp32_param(parameter)  # a copy: it is read from the disk
-    return _stretch(optimizer, parameter, lambda flat: flat)
+    if zero3.swap_optimizer:
+        return zero3.get_local_fp32_param(parameter)  # a copy: it is read from the disk
+    return _stretch(zero3, parameter, _flat(zero3, parameter))
 
 
 def _zero3(parameter: nn.Parameter) -> Any:
@@ -72,10 +73,15 @@ def on_disk(network: nn.Module) -> bool:
     return any(getattr(_zero3(parameter), "swap_optimizer", False) for parameter in network.parameters())
 
 
-def _stretch(optimizer: Any, parameter: nn.Parameter, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """A parameter's part of its group's flat buffer, or of what `of` gives for that buffer."""
-    group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    return of(optimizer.fp32_partitioned_groups_flat[group]).detach().narrow(0, offset, length)
+def _flat(zero3: Any, parameter: nn.Parameter) -> Tensor:
+    """The buffer of masters that a parameter's lie in, and that DeepSpeed's inner optimiser knows."""
+    return zero3.fp32_partitioned_groups_flat[zero3.grad_position[zero3.get_param_id(parameter)][0]]
+
+
+def _stretch(zero3: Any, parameter: nn.Parameter, flat: Tensor) -> Tensor:
+    """A parameter's part of its buffer of masters, or of a state of the same layout."""
+    _, offset, length = zero3.grad_position[zero3.get_param_id(parameter)]
+    return flat.detach().narrow(0, offset, length)
 
 
 def extent(parameter: nn.Parameter) -> tuple[tuple[int, ...], int, int]:
@@ -175,10 +181,7 @@ def held_optimizer(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str, A
         _, state, part = _state(parameter, optimizer)
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim:
-                zero3 = _zero3(parameter)
-                swapped = zero3 is not None and zero3.swap_optimizer
-                here = zero3.get_local_fp32_param(parameter, key) if swapped else part(value)
-                slices[f"{name}/{key}"] = _slice(parameter, here)
+                slices[f"{name}/{key}"] = _slice(parameter, part(key))
             else:
                 counts.setdefault(name, {})[key] = value.cpu() if isinstance(value, Tensor) else value
     groups = [{key: value for key, value in g.items() if key != "params"} for g in _inner(optimizer).param_groups]
@@ -202,20 +205,24 @@ def load_optimizer(module: nn.Module, optimizer: Optimizer, settings: dict[str, 
         for key in keys.get(name, []):
             if key not in state:
                 state[key] = torch.zeros_like(owner, requires_grad=False)
-            _fill(parameter, saved, f"{name}/{key}", part(state[key]))
+            _fill(parameter, saved, f"{name}/{key}", part(key))
 
 
 def _inner(optimizer: Optimizer) -> Any:
     return getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's, like Lightning's, wraps the real one
 
 
-def _state(parameter: nn.Parameter, optimizer: Optimizer) -> tuple[Tensor, dict[str, Any], Callable[[Tensor], Tensor]]:
-    """The tensor that the optimiser knows, its state, and how to find the parameter's part of a tensor in there."""
+def _state(parameter: nn.Parameter, optimizer: Optimizer) -> tuple[Tensor, dict[str, Any], Callable[[str], Tensor]]:
+    """The tensor that the optimiser knows, its state, and how to get the parameter's part of the state of a name."""
     zero3 = _zero3(parameter)
     if zero3 is None:
-        return parameter, _inner(optimizer).state[parameter] if parameter.requires_grad else {}, _local
-    flat = zero3.fp32_partitioned_groups_flat[zero3.grad_position[zero3.get_param_id(parameter)][0]]
-    return flat, zero3.optimizer.state[flat], lambda tensor: _stretch(zero3, parameter, lambda _: tensor)
+        state = _inner(optimizer).state[parameter] if parameter.requires_grad else {}
+        return parameter, state, lambda key: local(state[key])
+    flat = _flat(zero3, parameter)
+    state = zero3.optimizer.state[flat]
+    if zero3.swap_optimizer:
+        return flat, state, lambda key: zero3.get_local_fp32_param(parameter, key)
+    return flat, state, lambda key: _stretch(zero3, parameter, state[key])
 
 
 # ------------------------------------------------------------------- gradients
@@ -237,7 +244,7 @@ def local_gradients(module: nn.Module) -> dict[str, Tensor]:
         else:
             gradient = zero3.get_local_fp32_grad_for_param(parameter)
         if gradient is not None:
-            gradients[name] = _local(gradient)
+            gradients[name] = local(gradient)
     return gradients
 
 
@@ -258,9 +265,16 @@ def whole_storages(tensors: list[Tensor]) -> list[Tensor]:
 
 def gradient_norm(module: nn.Module) -> float:
     """Norm of the whole gradient; a collective call where gradients are shared out."""
-    squares = _squares(whole_storages(list(local_gradients(module).values())))
+    return float(total_norm(whole_storages(list(local_gradients(module).values())), _is_shared_out(module)))
+
+
+def total_norm(tensors: list[Tensor], shared_out: bool) -> Tensor:
+    """Norm of all tensors together, float64; a collective call if each process holds a part of them."""
+    squares = _squares(tensors)
     total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
-    return float(_over_ranks(module, total).sqrt())
+    if shared_out:
+        dist.all_reduce(total)
+    return total.sqrt()
 
 
 def gradient_norms(module: nn.Module, family: Callable[[str], str]) -> dict[str, float]:
@@ -271,14 +285,14 @@ def gradient_norms(module: nn.Module, family: Callable[[str], str]) -> dict[str,
     squares = torch.stack(_squares(list(gradients.values())))
     index = torch.tensor([families.index(name) for name in names], device=squares.device)
     total = squares.new_zeros(len(families)).index_add_(0, index, squares)
-    return dict(zip(families, _over_ranks(module, total).sqrt().tolist(), strict=True))
+    if _is_shared_out(module):
+        dist.all_reduce(total)
+    return dict(zip(families, total.sqrt().tolist(), strict=True))
 
 
 def _squares(tensors: list[Tensor]) -> list[Tensor]:
     return [norm.double().square() for norm in torch._foreach_norm(tensors)] if tensors else []
 
 
-def _over_ranks(module: nn.Module, squares: Tensor) -> Tensor:
-    if any(hasattr(p, "ds_tensor") or isinstance(p.data, DTensor) for p in module.parameters()):
-        dist.all_reduce(squares)
-    return squares
+def _is_shared_out(module: nn.Module) -> bool:
+    return any(hasattr(p, "ds_tensor") or isinstance(p.data, DTensor) for p in module.parameters())

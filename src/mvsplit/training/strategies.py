@@ -23,11 +23,11 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import Optimizer
 
 from mvsplit.training import folder
+from mvsplit.training.shards import local, total_norm
 from mvsplit.training.zero_config import (
     Offload,
     OffloadDevice,
@@ -96,11 +96,9 @@ class ShardedPrecision(Precision):
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clip by the norm over all ranks: one collective, where PyTorch's own asks DTensor for each parameter."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
-        # One sum of squares per rank, then over ranks: every parameter is sharded, none is counted twice.
-        total = torch.stack(torch._foreach_norm(grads)).square().sum()
-        dist.all_reduce(total)
-        scale = (clip_val / (total.sqrt() + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        grads = [local(p.grad) for p in parameters]
+        norm = total_norm(grads, shared_out=True)  # every parameter is sharded, none is counted twice
+        scale = (clip_val / (norm + 1e-6)).clamp(max=1.0).float()  # as torch.nn.utils.clip_grad_norm_
         torch._foreach_mul_(grads, scale)
 
 
@@ -114,6 +112,8 @@ class FSDP2(_Sharded, ModelParallelStrategy):
         blocks_per_group: blocks gathered together.
     """
 
+    precisions = ("32-true", "bf16-mixed")
+
     def __init__(self, blocks_per_group: PositiveInt = 8) -> None:
         super().__init__(save_distributed_checkpoint=False)
         self.blocks_per_group = blocks_per_group
@@ -123,8 +123,9 @@ class FSDP2(_Sharded, ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
         precision = self.precision_plugin.precision
-        if precision not in ("32-true", "bf16-mixed"):
-            raise UserError(f"trainer.precision = {precision}: allowed with trainer=fsdp are 32-true and bf16-mixed")
+        if precision not in self.precisions:
+            allowed = " and ".join(self.precisions)
+            raise UserError(f"trainer.precision = {precision}: allowed with trainer=fsdp are {allowed}")
         # Not Lightning's plug-in: autocast would decide operation by operation what the policy decides once.
         self.precision_plugin = ShardedPrecision(precision)
         self.policy = MixedPrecisionPolicy()

@@ -3,8 +3,7 @@
 Every rank keeps a TCP connection to rank 0, on a thread, so that neither a busy nor a hanging main thread matters.
 Messages are lines of JSON: a beat with the step now and then, `failed`, `left`; from rank 0 also the `verdict`, who
 failed first, and `end`. A connection that breaks off means a process that died, silence one that is stopped or cut
-off. Then
-`end(status)` is called on the thread; it ends the process.
+off. Then `end(status)` is called on the thread; it ends the process.
 """
 
 import asyncio
