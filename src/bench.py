@@ -20,8 +20,6 @@ from mvsplit.utils import entry
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.errors import UserError
 
-BENCHMARKS = ("data", "depth", "memory")
-
 
 def train_here(overrides: list[str], folder: Path) -> dict[str, float]:
     """The final metrics of a small real training run with this output folder."""
@@ -61,6 +59,9 @@ def train_overrides(hydra: Any, own: set[str]) -> list[str]:
     return [f"{group}={choice}" for group, choice in groups.items() if f"{group}={choice}" not in given] + given
 
 
+BENCHMARKS = {"data": bench_data, "depth": bench_depth, "memory": bench_memory}
+
+
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
     """The benchmark that a command names, and the rest of the command.
 
@@ -79,5 +80,4 @@ def split_command(argv: list[str]) -> tuple[str, list[str]]:
 if __name__ == "__main__":
     with entry.told():
         benchmark, sys.argv = split_command(sys.argv)
-    mains = {"data": bench_data, "depth": bench_depth, "memory": bench_memory}
-    entry.run(mains[benchmark], f"bench_{benchmark}.yaml", planning=benchmark == "memory")
+    entry.run(BENCHMARKS[benchmark], f"bench_{benchmark}.yaml", planning=benchmark == "memory")

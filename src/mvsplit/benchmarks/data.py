@@ -31,13 +31,13 @@ from torch.utils.data import DataLoader, RandomSampler, default_collate
 from torchvision.datasets import ImageFolder
 
 from mvsplit.benchmarks import made
+from mvsplit.benchmarks.common import RoundsConfig
 from mvsplit.data.datamodule import ShardDataModule
 from mvsplit.data.formats import Images, Latents
 from mvsplit.data.order import StreamOrder
 from mvsplit.data.storage import Storage
 from mvsplit.data.transforms import CentreCrop
-from mvsplit.utils.console import console, say, show_table, track
-from mvsplit.utils.rng import Seed
+from mvsplit.utils.console import print_table, say, show_table, track
 
 Spread = dict[str, float]
 """`median`, `min` and `max` over the rounds."""
@@ -81,13 +81,9 @@ class TrainingConfig:
 
 
 @dataclass
-class Config:
+class Config(RoundsConfig):
     """Top-level keys of `bench_data.yaml`."""
 
-    task_name: str
-    ckpt_path: None
-    seed: Seed
-    rounds: PositiveInt
     seconds: PositiveFloat
     workers: Annotated[list[NonNegativeInt], Len(1)]
     keep: str | None
@@ -96,7 +92,6 @@ class Config:
     resume: ResumeConfig
     permutation: PositiveInt
     training: TrainingConfig
-    paths: Any
 
 
 @dataclass
@@ -354,10 +349,7 @@ def show(result: dict[str, Any], config: dict[str, Any], path: Path) -> None:
                 ratio = result["ratio"][name][workers].get(reader)
                 row += [_range(speeds[reader], ".0f"), _range(ratio, ".2f")] if ratio else ["–", "–"]
             table.add_row(name, workers, *row)
-    out = console()
-    if not out.is_terminal:
-        out.width = 200
-    out.print(table, highlight=False)
+    print_table(table)
     first = result["first_batch_s"]
     rows = {
         "first batch, fresh": f"{_range(first['fresh'], '.3f')} s",

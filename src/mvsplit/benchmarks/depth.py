@@ -8,8 +8,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +16,9 @@ from annotated_types import Gt, Len
 from pydantic import PositiveInt
 from rich.table import Table
 
-from mvsplit.utils.console import console, say, show_table
+from mvsplit.benchmarks.common import RoundsConfig, train_apart
+from mvsplit.utils.console import print_table, say, show_table
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.rng import Seed
-from mvsplit.utils.runs import PROJECT_ROOT
 
 Record = dict[str, Any]
 """What `callbacks.step_times` wrote: `build_s`, `steps_s`, `peak_gib`."""
@@ -36,18 +33,13 @@ class LimitsConfig:
 
 
 @dataclass
-class Config:
+class Config(RoundsConfig):
     """Top-level keys of `bench_depth.yaml`."""
 
-    task_name: str
-    ckpt_path: None
-    seed: Seed
-    rounds: PositiveInt
     depths: Annotated[list[PositiveInt], Len(2)]
     steps: Annotated[int, Gt(2)]
     limits: LimitsConfig
     overrides: list[str]
-    paths: Any
 
 
 def measure(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
@@ -87,12 +79,10 @@ def train(strategy: str, depth: int, folder: Path, config: dict[str, Any]) -> Re
     ]  # fmt: skip
     # Two processes on two cores: more threads each would only wait for one another.
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command = [sys.executable, str(PROJECT_ROOT / "src" / "train.py"), *overrides]
-    done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=False)
+    status, last_line = train_apart(overrides, threads)
     file = folder / "step_times.json"
-    if done.returncode or not file.exists():
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        raise UserError(f"training {depth} blocks with {strategy} ended with {done.returncode}: {lines[-1]}")
+    if status or not file.exists():
+        raise UserError(f"training {depth} blocks with {strategy} ended with {status}: {last_line}")
     record: Record = json.loads(file.read_text())
     return record
 
@@ -142,9 +132,6 @@ def show(result: dict[str, Any], path: Path) -> None:
             depth, f"{zero['build_s']:.1f}", f"{zero['step_s']:.2f}", f"{1000 * zero['step_s'] / int(depth):.2f}",
             f"{zero['worst']:.2f} × median", f"{ddp:.2f}", f"{zero['step_s'] / ddp:.2f}", f"{zero['peak_gib']:.2f}",
         )  # fmt: skip
-    out = console()
-    if not out.is_terminal:
-        out.width = 200
-    out.print(table, highlight=False)
+    print_table(table)
     show_table("Within the limits", {name: "yes" if held else "NO" for name, held in result["holds"].items()})
     say(f"figures          {path}")

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +12,11 @@ from annotated_types import Gt, Le, Len
 from pydantic import PositiveFloat, PositiveInt
 from rich.table import Table
 
+from mvsplit.benchmarks.common import train_apart
 from mvsplit.benchmarks.plan import LARGEST, Job, Plan, largest_batch, largest_depth, plan, read_job
 from mvsplit.training.run import TrainConfig
-from mvsplit.utils.console import console, say, show_table
+from mvsplit.utils.console import print_table, say, show_table
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.runs import PROJECT_ROOT
 
 GIB = 2**30
 THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -72,11 +69,10 @@ def measured_gib(config: dict[str, Any], overrides: list[str], folder: Path, on_
     """
     callbacks = config.get("callbacks", SILENT) or {}
     silent = [f"callbacks.{name}=null" for name in SILENT if name in callbacks]
-    command = [sys.executable, str(PROJECT_ROOT / "src" / "train.py"), *overrides, *SHORT_RUN, *silent]
-    command += [f"paths.log_dir={folder}"]
-    done = subprocess.run(command, env=os.environ | (THRESHOLD if on_cpu else {}), capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"measuring: the run failed: {(done.stderr.splitlines() or ['without a word'])[-1]}")
+    short = [*overrides, *SHORT_RUN, *silent, f"paths.log_dir={folder}"]
+    status, last_line = train_apart(short, THRESHOLD if on_cpu else {})
+    if status:
+        raise UserError(f"measuring: the run failed: {last_line}")
     tag = "memory/host_peak_gib" if on_cpu else "memory/device_peak_gib"
     files = folder.glob("measured/runs/*/csv/version_0/metrics.csv")
     peaks = [float(row[tag]) for file in files for row in csv.DictReader(file.open()) if row.get(tag)]
@@ -187,7 +183,4 @@ def show_other_sizes(rows: list[dict[str, Any]], job: Job, config: dict[str, Any
         batches = [str(row[key]) if row[key] else "–" for key in ("batch_keeping_all", "batch")]
         sizes = [f"{row['states_gib']:.1f}", f"{max(0.0, row['left_gib']):.1f}"]
         table.add_row(str(row["depth"]), f"{row['parameters']:,}", str(row["gpus"]), *sizes, *batches)
-    out = console()
-    if not out.is_terminal:
-        out.width = 200
-    out.print(table, highlight=False)
+    print_table(table)

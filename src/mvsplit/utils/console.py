@@ -81,7 +81,12 @@ def show_table(title: str, rows: dict[str, str]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
+    print_table(table, markup=False)
+
+
+def print_table(table: Table, markup: bool = True) -> None:
+    """Print a table, in a log without the folding that a narrow terminal needs."""
     out = console()
     if not out.is_terminal:
         out.width = 200
-    out.print(table, markup=False, highlight=False)
+    out.print(table, markup=markup, highlight=False)
