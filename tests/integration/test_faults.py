@@ -20,17 +20,17 @@ import pytest
 from mvsplit.training.folder import COMPLETE, Saved
 
 from .conftest import TIMES, differences, state
+from .jobs import ZERO3, Job, errors
 from .test_commands import runs
 
 KILLS = TIMES or 2
 STEPS = 12 * KILLS
 WITHIN_S = 60
 """How soon a disturbed run must have ended, all of it."""
+BEGUN_S = 180
+"""How soon a run must have saved for the first time."""
 OPTIONS = [
-    "trainer=deepspeed",
-    "trainer.accelerator=cpu",
-    "trainer.devices=2",
-    "trainer.precision=32-true",
+    *ZERO3,
     f"trainer.max_steps={STEPS}",
     "trainer.val_check_interval=1000",
     "trainer.limit_test_batches=1",
@@ -43,54 +43,32 @@ OPTIONS = [
 Script = Callable[..., list[str]]
 
 
-class Disturbed:
+class Disturbed(Job):
     """A run of two processes that has been started, to be disturbed."""
 
     def __init__(self, command: list[str], cwd: Path) -> None:
-        self.folder, self.log = cwd / "logs" / "train" / "runs", cwd / "output.txt"
+        self.folder = cwd / "logs" / "train" / "runs"
         self.before = self.saves()
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log, start_new_session=True)
+        super().__init__(command, cwd)
 
     def saves(self) -> int:
         """Steps of the newest complete checkpoint."""
         names = [mark.parent.name for mark in self.folder.glob(f"*/checkpoints/last-*.ckpt/{COMPLETE}")]
         return max((int(name.removesuffix(".ckpt").rpartition("-")[2]) for name in names), default=0)
 
-    def ranks(self) -> list[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        others = [int(p) for p in children if b"train.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
-        return [self.process.pid, *others]
-
-    def wait_until(self, happens: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 180
-        while not happens():
-            assert self.process.poll() is None, f"ended by itself: {self.log.read_text()}"
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.001)
-
     def reach(self, moment: str, delay: float) -> list[int]:
         """Wait for a moment of the run; returns the processes of its ranks."""
         first = self.before + 2
-        self.wait_until(lambda: self.saves() >= first)
-        ranks = self.ranks()
+        self.until(lambda: self.saves() >= first, BEGUN_S)
+        ranks = [self.process.pid, *self.others()]
         if moment == "in a save":
-            self.wait_until(lambda: list(self.folder.glob("*/checkpoints/*.partial")))
+            self.until(lambda: list(self.folder.glob("*/checkpoints/*.partial")))
         elif moment == "after a save":
             done = self.saves()
-            self.wait_until(lambda: self.saves() > done)
+            self.until(lambda: self.saves() > done)
         else:
             time.sleep(delay)
         return ranks
-
-    def ended(self, ranks: list[int]) -> int:
-        """Exit status of the command, once every process of it is gone."""
-        deadline = time.monotonic() + WITHIN_S
-        status = self.process.wait(WITHIN_S)
-        while any(Path(f"/proc/{pid}").exists() for pid in ranks[1:]):
-            assert time.monotonic() < deadline, f"a process stays behind: {self.log.read_text()}"
-            time.sleep(0.05)
-        return status
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +109,11 @@ def test_a_rank_killed_at_any_moment(script: Script, tmp_path: Path, finish: Cal
         ranks = run.reach(("in a step", "in a save", "after a save")[attempt % 3], chance.random())
         victim = chance.randrange(2)
         os.kill(ranks[victim], signal.SIGKILL)
-        status = run.ended(ranks)
-        assert status == (75 if victim else -signal.SIGKILL), run.log.read_text()
-        lost = [line for line in run.log.read_text().splitlines() if f"rank {victim} (" in line]
-        assert len(lost) == 1, run.log.read_text()
-        assert "Traceback" not in run.log.read_text()
+        status = run.ends(WITHIN_S)
+        assert status == (75 if victim else -signal.SIGKILL), run.text
+        lost = [line for line in run.text.splitlines() if f"rank {victim} (" in line]
+        assert len(lost) == 1, run.text
+        assert "Traceback" not in run.text
     finish()
 
 
@@ -148,7 +126,7 @@ def test_stopped_by_signals_at_any_moment(script: Script, tmp_path: Path, finish
         for pid in chance.choice((ranks, ranks[:1], ranks[1:])):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        assert run.ended(ranks) == 128 + signal.SIGTERM, run.log.read_text()
+        assert run.ends(WITHIN_S) == 128 + signal.SIGTERM, run.text
         Saved(next(run.folder.glob("*/checkpoints/last.ckpt"))).verify()
     finish()
 
@@ -158,11 +136,10 @@ def test_one_rank_cannot_write(script: Script, tmp_path: Path, finish: Callable[
     run = Disturbed([*script("train.py", *OPTIONS), "ckpt_path=last"], tmp_path)
     ranks = run.reach("after a save", 0)
     resource.prlimit(ranks[1], resource.RLIMIT_FSIZE, (1000, 1000))
-    assert run.ended(ranks) == 2, run.log.read_text()
-    errors = [line for line in run.log.read_text().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, run.log.read_text()
-    assert "the checkpoint could not be written: " in errors[0]
-    assert "File too large (rank 1); earlier ones are untouched" in errors[0]
+    assert run.ends(WITHIN_S) == 2, run.text
+    (error,) = errors(run.text)
+    assert "the checkpoint could not be written: " in error
+    assert "File too large (rank 1); earlier ones are untouched" in error
     finish()
 
 
@@ -196,14 +173,14 @@ def test_a_full_disk(script: Script, tmp_path: Path, finish: Callable[[], Any]) 
         pytest.skip("a small file system cannot be mounted here")
     try:
         run = Disturbed([*script("train.py", *OPTIONS), "ckpt_path=last"], tmp_path)
-        ranks = run.reach("after a save", 0)
+        run.reach("after a save", 0)
         filler = logs / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while file.write(bytes(4096)):
                 pass
-        status = run.ended(ranks)
-        assert status == 2, run.log.read_text()
-        assert "No space left on device" in run.log.read_text()
+        status = run.ends(WITHIN_S)
+        assert status == 2, run.text
+        assert "No space left on device" in run.text
         filler.unlink()
         subprocess.run(["mount", "-o", "remount,size=64m", str(logs)], check=True)
         finish()

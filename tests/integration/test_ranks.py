@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,61 +14,15 @@ from pathlib import Path
 import pytest
 
 from .conftest import last
+from .jobs import BOUND_S, ZERO3, Job, errors
+from .test_commands import runs
 
 TIMEOUT_S = 5
-BOUND_S = 30
-"""Until the last process has ended: the timeout, and what a busy machine adds."""
 LONG = ["trainer.max_steps=4000", "trainer.val_check_interval=4000", "callbacks.last.every_n_steps=5"]
 WATCH = f"callbacks.rank_watch.timeout_s={TIMEOUT_S}"
-ZERO3 = ["trainer=deepspeed", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 Script = Callable[..., list[str]]
-
-
-class Job:
-    """A command, of which can be seen what it leaves behind."""
-
-    def __init__(self, command: list[str], cwd: Path, name: str = "job", **env: str) -> None:
-        self.cwd, self.output = cwd, cwd / f"{name}.out"
-        with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                command, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | env
-            )
-
-    @property
-    def text(self) -> str:
-        return self.output.read_text()
-
-    def others(self) -> dict[int, int]:
-        """The other living processes of this test that run a training script, and who started each."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-                words = (folder / "cmdline").read_text()
-            except OSError:
-                continue  # has ended meanwhile
-            if state not in "ZX" and "train.py" in words and f"{self.cwd}/" in words:
-                found[int(folder.name)] = int(parent)
-        found.pop(self.process.pid, None)
-        return found
-
-    def until(self, condition: Callable[[], object], seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, self.text
-            assert self.process.poll() is None, self.text
-            time.sleep(0.01)
-
-    def ends(self, seconds: float = BOUND_S) -> int:
-        """Its exit status, once every process of it has ended."""
-        deadline = time.monotonic() + seconds
-        while self.process.poll() is None or self.others():
-            assert time.monotonic() < deadline, f"still there: {self.others()}\n{self.text}"
-            time.sleep(0.05)
-        print(self.text)  # shown by pytest if the test fails
-        return self.process.returncode
 
 
 @pytest.fixture
@@ -88,16 +41,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         job.process.wait()
 
 
-def runs(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "logs" / "train" / "runs").iterdir())
-
-
 def saved(tmp_path: Path) -> list[Path]:
     return list(tmp_path.glob("logs/train/runs/*/checkpoints/last.ckpt"))
-
-
-def errors(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
 def disturbed(command: list[str], **what: object) -> list[str]:
