@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mvsplit.training.shards import gradient_norm, gradient_norms
+from mvsplit.training.strategies import takes_step
 from mvsplit.utils.errors import AgreedError
 
 
@@ -28,6 +29,8 @@ class NonFiniteStop(Callback):
         self.folder = Path(folder)
         self._batch: dict[str, Tensor] = {}
         self._loss = torch.tensor(math.nan)
+        self.norm = math.nan
+        """Norm of the step's gradient before clipping, on every rank."""
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch = batch
@@ -36,11 +39,9 @@ class NonFiniteStop(Callback):
         self._loss = loss.detach() * trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
-        engine = getattr(trainer.strategy, "deepspeed_engine", None)
-        if engine is not None and not engine.is_gradient_accumulation_boundary():
-            # DeepSpeed is asked for a step after each micro-batch. A loss that is not finite is in the gradient too.
+        if not takes_step(trainer):  # a micro-batch's loss that is not finite will be in the step's gradient too
             return
-        norm = gradient_norm(module)
+        norm = self.norm = gradient_norm(module)
         finite = bool(self._loss.isfinite())
         if trainer.precision != "16-mixed":  # there, a loss scaler skips the step and tries a smaller scale
             module.log("train/grad_norm", norm)

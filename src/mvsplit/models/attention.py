@@ -25,11 +25,14 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)  # rows: all queries, all keys, all values
         self.proj = Linear(width, width, std=writer_std)
 
+    def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned and normalised, and values, (B, H, T, E) each, of what `qkv` gave, (B, T, 3·D)."""
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, E)
+        qk = qkv[:, :, :2].permute(2, 0, 3, 1, 4).flatten(0, 1)  # (2B, H, T, E): one pass for both
+        q, k = rms_norm(apply_rope(qk, cos, sin), self.qk_eps).chunk(2)
+        return q, k, qkv[:, :, 2].transpose(1, 2)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attend. x: (B, T, D); cos, sin: (T, E) from `rope_table`. Returns (B, T, D)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, E)
-        qk = qkv[:, :, :2].permute(2, 0, 3, 1, 4).flatten(0, 1)  # (2B, H, T, E): one pass for both
-        q, k = rms_norm(apply_rope(qk, cos, sin), self.qk_eps).chunk(2)  # (B, H, T, E) each
-        v = qkv[:, :, 2].transpose(1, 2)  # (B, H, T, E)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(*self.heads(self.qkv(x), cos, sin))  # (B, H, T, E)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, T, D)

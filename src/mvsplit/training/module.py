@@ -136,12 +136,16 @@ class FlowModule(L.LightningModule):
     def bin_name(self, i: int) -> str:
         return f"loss_t_{i / self.time_bins:.2f}-{(i + 1) / self.time_bins:.2f}"
 
+    def validation_times(self, index: Tensor) -> Tensor:
+        """The fixed times at which validation samples of these numbers are judged: (B,) → (B,)."""
+        t = (index % self.val_times + 0.5) / self.val_times
+        return time_shift(t.float(), self.flow.time_shift)
+
     def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss of each sample at its fixed time and noise, and the times: (B,), (B,)."""
         x0, index = batch["image"], batch["index"]
         x1 = normal(self.seed, Stream.VAL_NOISE, index, x0.shape[1:]).to(x0.dtype)
-        t = (index % self.val_times + 0.5) / self.val_times
-        t = time_shift(t.float(), self.flow.time_shift)
+        t = self.validation_times(index)
         return velocity_loss(self.network, x0, x1, t, condition_of(batch)), t
 
     def validation_step(self, batch: Batch, batch_idx: int, stage: str = "val") -> None:

@@ -5,7 +5,8 @@ flattened one, the weights twice: in the network's precision, and in float32 ("m
 Nothing here is a collective call except where it says so.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -230,9 +231,13 @@ def _state(parameter: nn.Parameter, optimizer: Optimizer) -> tuple[Tensor, dict[
 
 def local_gradients(module: nn.Module) -> dict[str, Tensor]:
     """The gradients of this step as far as they lie here, summed up over micro-batches and processes."""
+    return _gradients_of(dict(module.named_parameters()))
+
+
+def _gradients_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     gradients = {}
     averaged: dict[int, Tensor] = {}  # parameter → gradient: DeepSpeed's, unless it has moved them to its optimiser's
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters.items():
         zero3 = _zero3(parameter)
         if zero3 is not None and not zero3.offload_optimizer and not averaged:
             for number, group in zero3.averaged_gradients.items():
@@ -290,9 +295,60 @@ def gradient_norms(module: nn.Module, family: Callable[[str], str]) -> dict[str,
     return dict(zip(families, total.sqrt().tolist(), strict=True))
 
 
+def row_norms(module: nn.Module, rows: Mapping[str, tuple[str, int, int]]) -> dict[str, float]:
+    """Norms of the gradient's rows; a collective call where gradients are shared out.
+
+    Args:
+        rows: name → (parameter, first row, the one after the last).
+    """
+    parameters = {name: module.get_parameter(name) for name, _, _ in rows.values()}  # a walk over all takes long
+    gradients, squares = _gradients_of(parameters), []
+    for name, first, last in rows.values():
+        shape, start, stop = extent(parameters[name])
+        row = math.prod(shape[1:])
+        begin, end = max(first * row, start), min(last * row, stop)
+        squares.append(gradients[name].reshape(-1)[begin - start : max(begin, end) - start].double().square().sum())
+    total = torch.stack(squares)
+    if _shared_out(parameters.values()):
+        dist.all_reduce(total)
+    return dict(zip(rows, total.sqrt().tolist(), strict=True))
+
+
+def gain_statistics(module: nn.Module, groups: Mapping[str, Sequence[str]]) -> dict[str, tuple[float, float]]:
+    """Mean and largest magnitude of vectors of weights; a collective call where weights are shared out.
+
+    Args:
+        groups: name → the parameters that count together.
+    """
+    names = list(groups)
+    totals = torch.zeros(len(names), 2, dtype=torch.float64)  # sum, count
+    largest = torch.zeros(len(names), dtype=torch.float64)
+    for number, parameters in enumerate(groups.values()):
+        held = [_held(module.get_parameter(name)) for name in parameters]
+        values = torch.cat(held).cpu().double()
+        totals[number] = torch.tensor([values.sum(), len(values)])
+        largest[number] = values.abs().amax() if len(values) else 0.0
+    if _is_shared_out(module):
+        device = next(module.parameters()).device
+        totals, largest = totals.to(device), largest.to(device)
+        dist.all_reduce(totals)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    means = (totals[:, 0] / totals[:, 1]).tolist()
+    return dict(zip(names, zip(means, largest.tolist(), strict=True), strict=True))
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    """What lies here of a parameter that is not gathered at the moment, flattened, without padding."""
+    return _slice(parameter, _working(parameter)).values
+
+
 def _squares(tensors: list[Tensor]) -> list[Tensor]:
     return [norm.double().square() for norm in torch._foreach_norm(tensors)] if tensors else []
 
 
 def _is_shared_out(module: nn.Module) -> bool:
-    return any(hasattr(p, "ds_tensor") or isinstance(p.data, DTensor) for p in module.parameters())
+    return _shared_out(module.parameters())
+
+
+def _shared_out(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(hasattr(p, "ds_tensor") or isinstance(p.data, DTensor) for p in parameters)

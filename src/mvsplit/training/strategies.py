@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.precision import Precision
@@ -292,6 +292,12 @@ def _linear_set_up() -> Iterator[None]:
         yield
     finally:
         DeepSpeedEngine._check_for_duplicates = original
+
+
+def takes_step(trainer: Trainer) -> bool:
+    """Whether an optimiser step follows: DeepSpeed is asked for one after each micro-batch."""
+    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    return engine is None or bool(engine.is_gradient_accumulation_boundary())
 
 
 def shard_network(module: LightningModule, network: nn.Module) -> None:
