@@ -10,6 +10,7 @@ import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 import importlib
 import importlib.util
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,19 @@ def train_here(config: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
+@lru_cache(maxsize=1000)
+def composed(*overrides: str) -> DictConfig:
+    """Composed once for all seeds: it takes a quarter of a second."""
+    return compose("train.yaml", entry.plain_overrides(overrides))
+
+
 def compose_run(overrides: list[str], seed: int, paths: dict[str, str]) -> dict[str, Any]:
     """The checked config of one run.
 
     Raises:
         UserError: if it is none.
     """
-    cfg = compose("train.yaml", entry.plain_overrides(overrides))
+    cfg = composed(*overrides).copy()
     cfg.seed = seed
     cfg.paths = paths
     config = to_plain(cfg)
