@@ -227,7 +227,7 @@ def test_one_of_a_sweep(outside: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
         f"# @package _global_\nhydra: {{job_logging: {{handlers: {{file: {{filename: {outside}/canary}}}}}}}}\n"
     )
     options = ["-m", "--config-dir", str(files), f"paths.log_dir={logs}"]
-    error = refused([*options, "experiment=collapse_200,evil"], monkeypatch, capfd)
+    error = refused([*options, "experiment=mms_lab,evil"], monkeypatch, capfd)
     assert error.startswith("hydra.job_logging.handlers.file.filename = ")
     assert list(outside.iterdir()) == []
     assert [path.name for path in logs.glob("train/multiruns/*/*")] == ["multirun.yaml"]

@@ -7,13 +7,15 @@ trunk by a residual (`models/residuals.py`). There is neither AdaLN nor a timest
 from its input (paper: a linear probe on the image-token mean predicts t with R² ≈ 0.998).
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Annotated
 
 import torch
 from annotated_types import Ge, Len
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from mvsplit.kernels.merge_norm import Segments
 from mvsplit.models.attention import Attention
@@ -42,7 +44,14 @@ def unpatchify(tokens: Tensor, patch: int, rows: int, columns: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each merged into the trunk by its own residual: two merges per block."""
+    """Attention and feed-forward, each merged into the trunk by its own residual: two merges per block.
+
+    In training, the code that `compiled` holds runs instead of `compute`, if there is any: equal blocks share it. A
+    `watched` block has hooks on its parts, which compiled code would not call.
+    """
+
+    compiled: Callable[..., Tensor] | None = None
+    watched = False
 
     def __init__(
         self, width: int, depth: int, num_heads: int, hidden: int, residual: ResidualFactory, qk_eps: float
@@ -55,6 +64,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         """x: (B, T, D). Returns (B, T, D)."""
+        run = self.compute if self.compiled is None or self.watched or not is_grad_enabled() else self.compiled
+        return run(x, cos, sin, segments)
+
+    def compute(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        """What `forward` does, not compiled."""
         x = self.residual1(x, self.attention(self.residual1.branch_input(x), cos, sin), segments)
         return self.residual2(x, self.ffn(self.residual2.branch_input(x)), segments)
 
@@ -72,6 +86,7 @@ class DiT(nn.Module):
         residual: makes a residual from `width`, `depth` and `branch`.
         rope_theta: base of the rotary frequencies. eps: ε of the input norms. qk_eps: ε of the QK-norm.
         checkpointing: which blocks' activations are computed again in the backward pass; None keeps everything.
+        compile: compile a block, once for all of them; the whole network would take hours at a thousand.
 
     Raises:
         ValueError: naming the key, for sizes that do not fit together.
@@ -92,8 +107,9 @@ class DiT(nn.Module):
         eps: PositiveFloat = 1e-6,
         qk_eps: PositiveFloat = 1e-6,
         checkpointing: Checkpointing | None = None,
+        compile: bool = False,
     ) -> None:
-        self.check(image_size, patch_size, width, num_heads)
+        self.check(image_size, patch_size, width, num_heads, compile)
         super().__init__()
         self.patch_size, self.channels, self.eps = patch_size, channels, eps
         self.checkpointing = checkpointing or Checkpointing()
@@ -106,6 +122,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList()
         for _ in range(depth):  # one by one: sharded strategies take each as it is built
             block = Block(width, depth, num_heads, hidden or 3 * width, residual, qk_eps)
+            if compile:
+                block.compiled = torch.compile(block.compute, fullgraph=True)
             self.blocks.append(block)
         self.normalise_output = not block.residual2.normalises_output
         # Not stated in the paper: we start from a zero velocity, as diffusion transformers commonly do.
@@ -115,8 +133,8 @@ class DiT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     @staticmethod
-    def check(image_size: list[int], patch_size: int, width: int, num_heads: int) -> None:
-        """Raise `ValueError` for sizes that do not fit; called on the composed config before anything is built."""
+    def check(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: bool) -> None:
+        """Raise `ValueError` for what does not fit; called on the composed config before anything is built."""
         for side in image_size:
             if side % patch_size:
                 raise ValueError(f"model.patch_size = {patch_size}: must divide the image size {list(image_size)}")
@@ -125,6 +143,10 @@ class DiT(nn.Module):
         if width // num_heads % 4:
             raise ValueError(
                 f"model.num_heads = {num_heads}: width / num_heads = {width // num_heads} must be divisible by 4"
+            )
+        if compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+            raise ValueError(
+                "model.compile = True: needs a C++ compiler, and there is no g++ or clang++; allowed is false"
             )
 
     def forward(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:

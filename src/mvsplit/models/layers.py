@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 def standard_std(fan_in: int) -> float:
     """1/√(3·fan_in): the scale of PyTorch's own linear layers. The paper does not state its initialisation.
 
-    It matters at depth: in `experiment=collapse_200 residual=post_norm` (200 blocks, zero writers) the validation loss
+    It matters at depth: in `experiment=mms_lab residual=post_norm` (200 blocks, zero writers) the validation loss
     stays at 1.58 from step 50 to 200 with 1/√fan_in; with this scale it falls to 1.07 by step 50 before it rises again
     (1.33 at 100), the late event that the paper describes. One seed.
     """
