@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ def command(script: Command, data_dir: Path, tmp_path: Path) -> Command:
 
     def make(*overrides: str, questions: Any = QUESTIONS, more: tuple[str, ...] = ()) -> list[str]:
         asked = yaml.safe_dump(questions, default_flow_style=True, width=10**6).strip()
-        keys = [f"overrides={json.dumps([*TINY, *more])}", f"~questions", f"+questions={asked}".replace(" ", "")]
+        keys = [f"overrides={json.dumps([*TINY, *more])}", "~questions", f"+questions={asked}".replace(" ", "")]
         return script(
             "ablate.py", *keys, f"folder={tmp_path}/out", "seeds=[0,1]", "processes=2", f"paths.data_dir={data_dir}",
             *overrides,
