@@ -22,6 +22,8 @@ from mvsplit.benchmarks import ablation
 from mvsplit.training import run
 from mvsplit.utils import entry
 from mvsplit.utils.config import check_config, to_plain
+from mvsplit.utils.console import say
+from mvsplit.utils.errors import UserError
 
 
 def train_here(config: dict[str, Any]) -> dict[str, float]:
@@ -56,9 +58,13 @@ def compose_run(overrides: list[str], seed: int, paths: dict[str, str]) -> dict[
 
 
 def write_report(folder: Path) -> None:
-    """What the runs in the folder say, as `python src/report.py` writes it."""
-    if importlib.util.find_spec("report") is not None:  # to replace with an import when it is there
-        importlib.import_module("report").write(folder)
+    """What the runs in the folder say, as `python src/report.py` writes it, or why it cannot."""
+    if importlib.util.find_spec("report") is None:  # MERGE: `import report` above, without this and with report.main
+        return
+    try:
+        importlib.import_module("report").main([str(folder)])
+    except UserError as error:
+        say(f"no report        {error}")
 
 
 def ablate(cfg: DictConfig) -> None:
