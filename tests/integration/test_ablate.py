@@ -1,0 +1,204 @@
+"""src/ablate.py as users start it, interrupted as it happens."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from mvsplit.training.run import locked
+
+Command = Callable[..., list[str]]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+TINY = [
+    "model=tiny", "data.batch_size=8", "trainer.accelerator=cpu", "trainer.max_steps=3", "trainer.val_check_interval=3",
+    "trainer.limit_val_batches=1", "callbacks.sample_grid=null", "callbacks.best=null", "callbacks.every=null",
+    "callbacks.last=null", "logger=null", "test=false",
+]  # fmt: skip
+QUESTIONS = {"which": {"a": ["residual=post_norm"], "b": ["residual=mvsplit"]}}
+RUNS = ["a/seed_0", "a/seed_1", "b/seed_0", "b/seed_1"]
+
+
+@pytest.fixture
+def command(script: Command, data_dir: Path, tmp_path: Path) -> Command:
+    """`command(*overrides, questions=…, more=…)`: two variants, two seeds, two processes, three steps."""
+
+    def make(*overrides: str, questions: Any = QUESTIONS, more: tuple[str, ...] = ()) -> list[str]:
+        asked = re.sub(r'"(\w+)": ', r"\1:", json.dumps(questions))  # Hydra's keys are not quoted
+        keys = [f"overrides={json.dumps([*TINY, *more])}", "~questions", f"+questions={asked}"]
+        return script(
+            "ablate.py", *keys, f"folder={tmp_path}/out", "seeds=[0,1]", "processes=2", f"paths.data_dir={data_dir}",
+            *overrides,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def ablate(command: Command, tmp_path: Path) -> Run:
+    def run(*overrides: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+        call = command(*overrides, **settings)
+        return subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+
+    return run
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return {
+        str(f.parent.relative_to(folder)): json.loads(f.read_text()) for f in sorted(folder.glob("*/*/result.json"))
+    }
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {f: f.stat().st_mtime_ns for f in folder.glob("*/*/result.json")}
+
+
+def test_all_runs_are_done_once_and_other_settings_are_refused(ablate: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = ablate()
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results(out)
+    assert list(found) == RUNS
+    for name, result in found.items():
+        assert result["status"] == "finished"
+        assert result["metrics"]["train/loss"] > 0
+        assert "val/loss" in result["metrics"]
+        assert "run finished" in (out / name / "log.txt").read_text()
+        config = yaml.safe_load((out / name / "config.yaml").read_text())
+        assert config["seed"] == config["module"]["seed"] == int(name[-1])
+        assert config["residual"]["_target_"].endswith({"a": "PostNorm", "b": "MVSplit"}[name[0]])
+    assert found["a/seed_0"]["metrics"] != found["a/seed_1"]["metrics"]
+    assert "4 runs, 0 of them done; 2 at once" in done.stdout
+    assert "finished         b/seed_1: train/loss" in done.stdout
+    assert "run finished" not in done.stdout
+    rows = json.loads((out / "ablation.json").read_text())["variants"]
+    assert [(row["name"], row["question"]) for row in rows] == [("a", "which"), ("b", "which")]
+
+    before = stamps(out)
+    again = ablate()
+    assert again.returncode == 0, again.stderr
+    assert "4 runs, 4 of them done" in again.stdout
+    assert stamps(out) == before
+
+    other = ablate(more=("optim.lr=0.01",))
+    assert other.returncode == 2
+    assert "holds the result of other settings (now optim.lr=0.01); give folder=" in other.stderr
+    assert stamps(out) == before
+
+
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], Any]) -> Any:
+    until = time.monotonic() + 120
+    while not (value := happened()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return value
+
+
+def workers(folder: Path) -> dict[str, int]:
+    """Processes that train, by the name of their run."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            log = Path(os.readlink(process / "fd" / "1"))
+        except OSError:
+            continue
+        if log.name == "log.txt" and log.is_relative_to(folder):
+            found[str(log.parent.relative_to(folder))] = int(process.name)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_an_interrupted_command_goes_on(command: Command, ablate: Run, tmp_path: Path, number: signal.Signals) -> None:
+    out, call = tmp_path / "out", command(more=("trainer.max_steps=25",))
+    process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(process, lambda: results(out) and workers(out))
+    pids = list(workers(out).values())
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[0]
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert number == signal.SIGKILL or "interrupted; the same command goes on" in said
+    psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
+    assert not workers(out)
+    before = stamps(out)
+    assert 0 < len(before) < len(RUNS)
+    done = ablate(more=("trainer.max_steps=25",))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"4 runs, {len(before)} of them done" in done.stdout
+    assert list(results(out)) == RUNS
+    assert before.items() <= stamps(out).items()
+
+
+def test_a_killed_run_is_told_and_the_others_go_on(command: Command, ablate: Run, tmp_path: Path) -> None:
+    out, call = tmp_path / "out", command(more=("trainer.max_steps=25",))
+    process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    name, pid = next(iter(wait_for(process, lambda: workers(out)).items()))
+    os.kill(pid, signal.SIGKILL)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert f"FAILED           {name}: ended from outside (status -9)" in said
+    assert set(RUNS) - set(results(out)) == {name}
+    assert ablate(more=("trainer.max_steps=25",)).returncode == 0
+    assert list(results(out)) == RUNS
+
+
+def test_one_command_at_a_time_works_in_a_folder(ablate: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"):
+        other = ablate()
+    assert other.returncode == 2
+    assert "another process is training in this folder" in other.stderr
+
+
+def test_a_run_that_stops_itself_is_a_result_and_a_defect_is_none(ablate: Run, tmp_path: Path) -> None:
+    # Gains that overflow, and a folder in the way of a file that a callback writes.
+    questions = {
+        "which": {
+            "good": ["residual=mvsplit"],
+            "stops": ["residual=mvsplit", "residual.beta_init=1e38"],
+            "fails": ["residual=mvsplit", "callbacks=record", "callbacks.record.folder=/proc/none"],
+        }
+    }
+    done = ablate("seeds=[0]", questions=questions)
+    out = tmp_path / "out"
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = results(out)
+    assert {name: result["status"] for name, result in found.items()} == {
+        "good/seed_0": "finished", "stops/seed_0": "stopped"
+    }  # fmt: skip
+    assert "not finite at step" in found["stops/seed_0"]["why"]
+    assert "Traceback" in (out / "fails" / "seed_0" / "log.txt").read_text()
+    assert "FAILED           fails/seed_0: " in done.stdout
+    again = ablate("seeds=[0]", questions=questions)
+    assert "3 runs, 2 of them done; 1 at once" in again.stdout
+    assert again.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("only=[c]", "only = ['c']: no such question or variant; allowed are which, a, b"),
+        ("processes=0", "processes = 0: must be greater than 0"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(ablate: Run, tmp_path: Path, override: str, message: str) -> None:
+    done = ablate(override)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_variants_mistake_is_told_before_anything_runs(ablate: Run, tmp_path: Path) -> None:
+    done = ablate(questions={"which": {"a": ["residual=post_norm"], "b": ["residual=post_norm", "model.depth=0"]}})
+    assert done.returncode == 2
+    assert "model.depth = 0: must be greater than 0" in done.stderr
+    assert not results(tmp_path / "out")
