@@ -33,8 +33,9 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.record(grad, *ctx.saved_tensors)
-        return grad, None, *[None] * len(ctx.saved_tensors)
+        tensors = ctx.saved_tensors  # once: each look would recompute
+        ctx.record(grad, *tensors)
+        return grad, None, *[None] * len(tensors)
 
 
 class Taps:

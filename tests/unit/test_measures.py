@@ -1,0 +1,205 @@
+"""Measures of the mean mode against their definitions, token by token in float64, and in a network's backward pass."""
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvsplit.callbacks.stability import spread_evenly, watched_blocks
+from mvsplit.models.conditioning import ClassTokens
+from mvsplit.models.dit import DiT
+from mvsplit.models.recompute import Checkpointing
+from mvsplit.models.residuals import MVSplit, PostNorm, PreNorm
+from mvsplit.stability import measures
+from mvsplit.stability.taps import Taps
+from mvsplit.stability.traces import TableWriter
+
+B, T, D, K = 3, 5, 4, 6
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_rho_and_token_cosine_by_their_definitions() -> None:
+    x = draw(B, T, D)
+    J = torch.full((T, T), 1 / T, dtype=torch.float64)
+    P = torch.eye(T, dtype=torch.float64) - J
+    ratios = [(J @ sample).norm() / (P @ sample).norm() for sample in x]
+    assert measures.rho(x).item() == pytest.approx(sum(ratios).item() / B, rel=1e-12)
+    cosines = [
+        torch.cosine_similarity(sample[i], sample[j], dim=0).item()
+        for sample in x for i in range(T) for j in range(T) if i != j
+    ]  # fmt: skip
+    assert measures.token_cosine(x).item() == pytest.approx(sum(cosines) / len(cosines), rel=1e-12)
+    same = x[:, :1].expand(-1, T, -1)
+    assert measures.token_cosine(same).item() == pytest.approx(1)
+    assert measures.rho(same) > 1e6
+
+
+def test_attention_measures_by_their_definitions() -> None:
+    q, k, v = (draw(2, 2, T, 3, seed=i) for i in range(3))
+    a = measures.attention_matrix(q, k)
+    assert torch.allclose(a.sum(-1), torch.ones(2, 2, T, dtype=torch.float64))
+    P = torch.eye(T, dtype=torch.float64) - 1 / T
+    heads = [(a[b, h], v[b, h]) for b in range(2) for h in range(2)]
+    spectral = [torch.linalg.svdvals(P @ m @ P)[0] for m, _ in heads]
+    assert measures.mu_eff(a).item() == pytest.approx(sum(spectral).item() / 4, rel=1e-10)
+    one_sided = [torch.linalg.svdvals(m @ P)[0] for m, _ in heads]
+    assert abs(measures.mu_eff(a).item() - sum(one_sided).item() / 4) > 1e-3  # what the released code takes
+    rows = [(P @ m).norm() / m.norm() for m, _ in heads]
+    assert measures.row_diversity(a).item() == pytest.approx(sum(rows).item() / 4, rel=1e-10)
+    kept = [(P @ m @ values).norm() / (P @ values).norm() for m, values in heads]
+    assert measures.retention(a, v).item() == pytest.approx(sum(kept).item() / 4, rel=1e-10)
+    uniform = torch.full((1, 1, T, T), 1 / T, dtype=torch.float64)
+    assert measures.mu_eff(uniform).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_branch_measures_by_their_definitions() -> None:
+    x, update = draw(B, T, D), draw(B, T, D, seed=1)
+    P = torch.eye(T, dtype=torch.float64) - 1 / T
+    gains = [(P @ u).norm() / (P @ s).norm() for u, s in zip(update, x, strict=True)]
+    assert measures.var_gain(update, x).item() == pytest.approx(sum(gains).item() / B, rel=1e-12)
+    assert measures.tr_ratio(2 * x, x).item() == pytest.approx(2)
+
+
+def test_writer_split_adds_up_to_the_gradient() -> None:
+    y, delta = draw(B, T, K), draw(B, T, D, seed=1)
+    mean, centred = measures.writer_split(y, delta)
+    total = sum(torch.outer(delta[b, t], y[b, t]) for b in range(B) for t in range(T))
+    torch.testing.assert_close(mean + centred, total, rtol=1e-12, atol=1e-12)
+    expected = sum(T * torch.outer(delta[b].mean(0), y[b].mean(0)) for b in range(B))
+    torch.testing.assert_close(mean, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_amplification_law() -> None:
+    y, delta = draw(B, T, K), draw(B, T, D, seed=1)
+    found = measures.amplification(y, delta)
+    factors = []
+    for b in range(B):
+        gradient = sum(torch.outer(delta[b, t], y[b, t]) for t in range(T))
+        own = sum(delta[b, t].square().sum() * y[b, t].square().sum() for t in range(T))
+        factors.append((gradient.square().sum() / own).item())
+    assert found.factor.item() == pytest.approx(sum(factors) / B, rel=1e-10)
+    # With equal magnitudes A − 1 = (T − 1)·κ̂ exactly.
+    unit_y, unit_delta = (torch.nn.functional.normalize(v, dim=-1) for v in (y, delta))
+    equal = measures.amplification(3 * unit_y, 1e-12 * unit_delta)
+    assert equal.factor.item() - 1 == pytest.approx(equal.alignment.item(), rel=1e-9)
+    aligned = measures.amplification(y[:, :1].expand(-1, T, -1), delta[:, :1].expand(-1, T, -1))
+    assert aligned.factor.item() == pytest.approx(T)  # the bound
+    assert aligned.alignment.item() == pytest.approx(T - 1)
+    nothing = measures.amplification(y, torch.zeros_like(delta))
+    assert (nothing.factor.item(), nothing.alignment.item()) == (1, 0)
+
+
+def test_time_probe_reads_what_is_linear_and_not_what_is_not_there() -> None:
+    tokens, t = draw(400, 8), torch.rand(400, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert measures.time_probe(tokens, t) < 0.1
+    tokens[:, 3] = 5 * t - 2 + 0.01 * tokens[:, 3]
+    assert measures.time_probe(tokens, t) > 0.99
+
+
+def network(residual: Any, every: int = 0) -> DiT:
+    torch.manual_seed(0)
+    context = functools.partial(ClassTokens, num_classes=3)
+    factory = functools.partial(residual, writer_init="standard")
+    net = DiT([4, 4], 1, 2, 6, 16, 2, context, factory, checkpointing=Checkpointing(every))
+    torch.nn.init.normal_(net.final_proj.weight)
+    return net.double()
+
+
+def backward(net: DiT) -> None:
+    z, t, labels = draw(3, 1, 4, 4), torch.rand(3), torch.tensor([0, 1, 2])
+    net(z, t, labels).square().mean().backward()
+
+
+def explicit(net: DiT, block: int, writer: Callable[[Any], torch.nn.Module]) -> tuple[Tensor, Tensor]:
+    """What plain hooks see of a writer: y and δ."""
+    seen: dict[str, Tensor] = {}
+    module = writer(net.blocks[block])
+    handles = [
+        module.register_forward_hook(lambda m, inputs, out: seen.__setitem__("y", inputs[0].detach())),
+        module.register_full_backward_hook(lambda m, gi, go: seen.__setitem__("delta", go[0].detach())),
+    ]
+    backward(net)
+    for handle in handles:
+        handle.remove()
+    net.zero_grad()
+    return seen["y"], seen["delta"]
+
+
+@pytest.mark.parametrize("residual", [MVSplit, PostNorm, PreNorm])
+@pytest.mark.parametrize("every", [0, 1, 4])
+def test_taps_see_what_explicit_sums_see_also_when_recomputed(residual: Any, every: int) -> None:
+    net = network(residual)
+    expected = {}
+    for branch, writer in (("attention", lambda b: b.attention.proj), ("ffn", lambda b: b.ffn.w2)):
+        y, delta = explicit(net, 4, writer)
+        total = sum(torch.outer(delta[b, t], y[b, t]) for b in range(y.shape[0]) for t in range(y.shape[1]))
+        mean = sum(y.shape[1] * torch.outer(d.mean(0), s.mean(0)) for d, s in zip(delta, y, strict=True))
+        expected[branch] = mean.norm().item(), (total - mean).norm().item(), total
+    backward(net)
+    plain = {name: p.grad.clone() for name, p in net.named_parameters()}
+
+    watched = network(residual, every)
+    taps = Taps(watched, attention_samples=3)
+    taps.attach(cheap=[2], full=[4])
+    backward(watched)
+    taps.detach()
+    for name, parameter in watched.named_parameters():
+        assert torch.equal(parameter.grad, plain[name]), name  # looking on changes nothing
+    for branch, (mean, centred, total) in expected.items():
+        parts = taps.writers[4, f"g_mean_{branch}"] + taps.writers[4, f"g_ctr_{branch}"]
+        torch.testing.assert_close(parts, total, rtol=1e-10, atol=1e-14)
+        writer = {"attention": watched.blocks[4].attention.proj, "ffn": watched.blocks[4].ffn.w2}[branch]
+        torch.testing.assert_close(parts, writer.weight.grad, rtol=1e-10, atol=1e-14)
+        table = taps.read(micro_batches=1)
+        assert table[4][f"g_mean_{branch}"] == pytest.approx(mean, rel=1e-10)
+        assert table[4][f"g_ctr_{branch}"] == pytest.approx(centred, rel=1e-10)
+    assert set(table) == {2, 4}
+    assert set(table[2]) == {
+        "rho",
+        "token_cosine",
+        *(f"g_{p}_{b}" for p in ("mean", "ctr") for b in ("attention", "ffn")),
+    }
+    assert len(table[4]) == 19
+    assert all(math.isfinite(value) for value in table[4].values())
+    # Nothing is left behind, and nothing more is measured.
+    backward(watched)
+    assert taps.read(micro_batches=1) == table
+
+
+def test_gradients_that_a_scaler_enlarged_and_micro_batches_are_undone() -> None:
+    net = network(MVSplit)
+    taps = Taps(net)
+    taps.attach(cheap=[5])
+    backward(net)
+    once = taps.read(1)[5]
+    taps.attach(cheap=[5])
+    backward(net)
+    backward(net)
+    twice = taps.read(2, scale=2.0)[5]
+    assert twice == pytest.approx(once, rel=1e-12)
+
+
+def test_blocks_are_chosen_over_the_depth() -> None:
+    assert spread_evenly(200, 5) == [0, 50, 100, 149, 199]
+    assert spread_evenly(3, 25) == [0, 1, 2]
+    assert watched_blocks(200, 3) == [124, 149, 174]
+    assert watched_blocks(1, 3) == [0]
+
+
+def test_a_table_drops_what_comes_again(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "trace.csv"
+    table = TableWriter(path, ("step", "loss"), 0)
+    table.append([{"step": step, "loss": step / 3} for step in range(4)])
+    table.close()
+    table = TableWriter(path, ("step", "loss"), 2)
+    table.append([{"step": 2, "loss": math.nan, "other": 1.0}, {"step": 10**7, "loss": math.inf}])
+    table.close()
+    assert path.read_text().split() == ["step,loss", "0,0", "1,0.3333333", "2,", "10000000,inf"]
