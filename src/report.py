@@ -7,25 +7,34 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from rich.table import Table
 
 from mvsplit.stability.report import Report, make_report
 from mvsplit.utils import entry
 from mvsplit.utils.console import console, print_table
+from mvsplit.utils.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as the other scripts do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python src/report.py --help")
 
 
 def main(argv: list[str]) -> Report:
     """Write the report, show its tables and say where it lies."""
-    parser = argparse.ArgumentParser(
-        prog="report.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(prog="report.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where runs lie")
     parser.add_argument("--output", type=Path, metavar="DIR", help="for the report; FOLDER/report if not given")
     args = parser.parse_args(argv)
     report = make_report(args.folder, args.output, shlex.join(["python", "src/report.py", *argv]))
     for title, header, rows in report.tables:
-        table = Table(*header, title=title or None, title_justify="left")
+        table = Table(title=title or None, title_justify="left")
+        for name in header:
+            table.add_column(name, overflow="fold")
         for row in rows:
             table.add_row(*row)
         print_table(table, markup=False)

@@ -255,9 +255,10 @@ def test_an_ablations_variants_are_the_groups(tmp_path: Path, monkeypatch: pytes
 
 
 def test_mistakes_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder, line in ((tmp_path / "none", "no such folder"), (tmp_path, "no run with a stability/trace.csv")):
+    none = [str(tmp_path / "none")]
+    for argv, line in (none, "no such folder"), ([str(tmp_path)], "no run with a stability/trace.csv"), ([], "FOLDER"):
         with pytest.raises(SystemExit, match="2"), told():
-            report.main([str(folder)])
+            report.main(argv)
         assert line in (told_line := capsys.readouterr().err)
         assert told_line.count("\n") == 1
     (tmp_path / "table.csv").write_text("step,loss\n0,1\n1,x\n")

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999933")
 MARKS = ("", "o", "s", "^", "D")
@@ -26,6 +28,8 @@ NAMED = 14
 """Lines that a legend names in full; where there are more, it numbers them."""
 GREY = "#BDBDBD"
 SMALL = 8
+POINTS = 20_000
+"""Of more points in one colour than these, only every second, third, … is drawn."""
 DECADES = 12
 """Colours of a logarithmic scale span no more than so many powers of ten below the highest value."""
 
@@ -83,7 +87,8 @@ def save_curves(
     """Frames side by side: mean over seeds as a line, lowest to highest as a band; one legend for all.
 
     Args:
-        same_rows: all frames of a row have the same scale, all of a column the same x, labelled at the edge. size: of a frame, inches.
+        same_rows: the frames of a row have one scale and those of a column one x, labelled at the edges.
+        size: of a frame, inches.
     """
     labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
     rows = -(-len(panels) // columns)
@@ -114,19 +119,29 @@ def draw_panel(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
             axes.plot(x, middle, linestyle=line_style, linewidth=1.4 if line_style == "-" else 1.0, **style)
             if len(values) > 1 and line_style == "-":
                 low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-                axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+                axes.fill_between(
+                    x, low, high, color=style["color"], alpha=0.18 if len(labels) <= len(COLOURS) else 0.07, linewidth=0
+                )
             if curve.event is not None:
                 at = int(np.abs(x - curve.event).argmin())
                 axes.plot(x[at], middle[at], "x", color=style["color"], markersize=7, markeredgewidth=2, zorder=5)
     if panel.log and drawn:
         axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        if high < 20 * low:  # 2 × 10⁰ is hard to read
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
-        elif high > 1e4 * low:
-            axes.yaxis.set_minor_locator(NullLocator())  # hundreds of ticks take seconds
+        _log_ticks(axes.yaxis)
     _frame(axes, panel.title, panel.x_label, panel.y_label, drawn)
+
+
+def _log_ticks(axis: Axis) -> None:
+    low, high = sorted(axis.get_view_interval())
+    if high < 4 * low:  # too little for the ticks of a logarithmic axis
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
+    elif high < 20 * low:  # 2 × 10⁰ is hard to read
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
+    elif high > 1e4 * low:
+        axis.set_minor_locator(NullLocator())  # hundreds of ticks take seconds
 
 
 def save_heatmaps(path: Path, title: str, maps: Sequence[HeatMap], label: str, log: bool = False) -> None:
@@ -142,10 +157,16 @@ def save_heatmaps(path: Path, title: str, maps: Sequence[HeatMap], label: str, l
         drawn.append(axes)
         _frame(axes, one.title, "step" if place + columns >= len(maps) else "", "" if place % columns else "block",
                bool(np.isfinite(one.values).any()), grid=False)  # fmt: skip
-    bar = figure.colorbar(drawn[0].images[0], ax=drawn, extend=extend, aspect=30, pad=0.02)
+    bar = figure.colorbar(drawn[0].images[0], ax=drawn, extend=extend, aspect=25 * rows, pad=0.02)
     bar.set_label(label, fontsize=SMALL + 1)
-    bar.ax.tick_params(labelsize=SMALL)
+    _bar_ticks(bar, norm)
     _save(figure, path, title)
+
+
+def _bar_ticks(bar: Colorbar, norm: Normalize) -> None:
+    if isinstance(norm, LogNorm):
+        _log_ticks(bar.ax.yaxis)
+    bar.ax.tick_params(which="both", labelsize=SMALL)
 
 
 def draw_map(axes: Axes, one: HeatMap, norm: Normalize, pixels: int = 400) -> None:
@@ -191,7 +212,9 @@ def save_law(path: Path, title: str, panels: Sequence[Scatter]) -> None:
             fit = fit_through_origin(one.x[mask], one.y[mask])
             text = f"{name}: no points" if not fit.count else (
                 f"{name}: slope {fit.slope:.3g}, R² {fit.r2:.3g} (n = {fit.count})")  # fmt: skip
-            axes.plot(one.x[mask & shown], one.y[mask & shown], "o", color=colour, markersize=3, alpha=0.45,
+            some = np.flatnonzero(mask & shown)
+            some = some[:: len(some) // POINTS + 1]
+            axes.plot(one.x[some], one.y[some], "o", color=colour, markersize=3, alpha=0.45,
                       markeredgewidth=0, label=text)  # fmt: skip
         if shown.any():
             ends = np.array([one.x[shown].min(), one.x[shown].max()])
@@ -214,7 +237,7 @@ def heatmap_image(values: np.ndarray, steps: np.ndarray, blocks: np.ndarray, lab
     draw_map(axes, HeatMap(label, steps, blocks, values), norm)
     _frame(axes, label, "step", "block", bool(np.isfinite(values).any()), grid=False)
     bar = figure.colorbar(axes.images[0], cax=figure.add_axes((0.83, 0.14, 0.035, 0.76)), extend=extend)
-    bar.ax.tick_params(labelsize=SMALL)
+    _bar_ticks(bar, norm)
     return _pixels(figure)
 
 
@@ -245,8 +268,9 @@ def _save(figure: Figure, path: Path, title: str) -> None:
 
 def _style(place: int, points: int = 0) -> dict[str, Any]:
     """Colour and, from the ninth line on, a mark beside it."""
-    mark = MARKS[place // len(COLOURS) % len(MARKS)]
-    return {"color": COLOURS[place % len(COLOURS)], "marker": mark, "markersize": 4, "markevery": max(1, points // 8)}
+    mark, every = MARKS[place // len(COLOURS) % len(MARKS)], max(1, points // 8)
+    return {"color": COLOURS[place % len(COLOURS)], "marker": mark, "markersize": 4,
+            "markevery": (place * every // 16 % every, every)}  # fmt: skip
 
 
 def _legend(figure: Figure, labels: Sequence[str]) -> None:
@@ -259,11 +283,11 @@ def _legend(figure: Figure, labels: Sequence[str]) -> None:
 
 def _frame(axes: Axes, title: str, x_label: str, y_label: str, drawn: bool, grid: bool = True) -> None:
     axes.set_title(
-        "\n".join(textwrap.fill(line, 52 if grid else 32) for line in title.splitlines()), fontsize=SMALL + 1
+        "\n".join(textwrap.fill(line, 52 if grid else 38) for line in title.splitlines()), fontsize=SMALL + 1
     )
     axes.set_xlabel(x_label, fontsize=SMALL + 1)
     axes.set_ylabel(y_label, fontsize=SMALL + 1)
-    axes.tick_params(labelsize=SMALL)
+    axes.tick_params(which="both", labelsize=SMALL)
     axes.spines[["top", "right"]].set_visible(False)
     if grid:
         axes.grid(True, color="#E0E0E0", linewidth=0.6)

@@ -85,6 +85,8 @@ def draw_all(output: Path, sets: Sequence[tuple[str, Sequence[Judged]]], judged:
     """Draw curves, profiles and the probe of t for each set of groups, maps and law for all groups together."""
     pictures = []
     for number, (question, members) in enumerate(sets):
+        if len(members) == 1 and len(sets) > 1:
+            continue  # the baseline by itself: it stands in all others
         tail = f"_{number + 1}_{re.sub(r'[^a-z0-9]+', '_', question.lower()).strip('_')[:40]}" if question else ""
         of = f": {question}" if question else ""
         pictures += _curves(output / f"curves{tail}.png", of, members)
@@ -176,7 +178,7 @@ def _maps(path: Path, quantity: Quantity, judged: Sequence[Judged]) -> list[Pict
     if not runs:
         return []
     maps = [HeatMap(label, *grid(run.depth, quantity.of(run.depth))) for label, run in runs]
-    title = f"{quantity.title} over depth and time"
+    title = f"{quantity.title}, by step and block"
     save_heatmaps(path, title, maps, quantity.label, quantity.log)
     return [Picture(path, title, f"{quantity.reading} First seed of each group; grey: not finite, or not measured.")]
 

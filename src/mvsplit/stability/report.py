@@ -1,6 +1,7 @@
 """The report on a folder of runs: `report.md` with tables, what can be told apart, and figures."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,12 @@ def make_report(folder: Path, output: Path | None = None, command: str = "python
     output.mkdir(parents=True, exist_ok=True)
     figures = draw_all(output, [(one.question, one.judged) for one in sets], judged)
     tables = [(one.question, *table(one.judged)) for one in sets]
-    sentences = [sentence for one in sets for sentence in comparisons(one.judged)]
-    sentences = list(dict.fromkeys(sentences))
+    sentences = [
+        f"{one.question}: {sentence}" if one.question else sentence
+        for one in sets
+        if len(one.judged) > 1
+        for sentence in comparisons(one.judged)
+    ]
     notes = found.notes + missing(folder, found)
     runs = sum(len(j.outcomes) for j in judged)
     parts = [
@@ -62,8 +67,8 @@ def make_report(folder: Path, output: Path | None = None, command: str = "python
         " the last that all finished runs have.",
         *(_markdown(*one) for one in tables),
         "## What can be told apart",
-        "\n".join(f"- {sentence}" for sentence in sentences)
-        + "\n\nBy final losses of living seeds: two groups are told apart if Welch's 95 % interval of the difference of"
+        "\n".join(f"- {sentence}" for sentence in sentences) or "There is one group only.",
+        "By final losses of living seeds: two groups are told apart if Welch's 95 % interval of the difference of"
         " their means leaves out zero. Each pair is judged by itself: of twenty equal pairs one may seem to differ.",
         "## Figures",
         *(f"### {figure.title}\n\n![{figure.title}]({figure.path.name})\n\n{figure.reading}" for figure in figures),
@@ -142,11 +147,12 @@ def missing(folder: Path, found: Found) -> list[str]:
         if not run.finished:
             notes.append(f"{name}: {run.last_step + 1} of {run.max_steps} steps, {_why(run)}")
         notes += [f"{name}: {what}" for what in run.missing]
-    seeds = sorted({seed for group in found.groups for seed in group.seeds})
+    counts = Counter(seed for group in found.groups for seed in group.seeds)
+    usual = sorted(seed for seed, count in counts.items() if 2 * count > len(found.groups))
     for group in found.groups:
-        lacking = [str(seed) for seed in seeds if seed not in group.seeds]
+        lacking = [str(seed) for seed in usual if seed not in group.seeds]
         if lacking:
-            notes.append(f"{group.label}: no run with seed {', '.join(lacking)}, which other groups have")
+            notes.append(f"{group.label}: no run with seed {', '.join(lacking)}, which most groups have")
     return notes
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,11 @@ def find_groups(folder: Path) -> Found:
         notes += more
     else:
         groups = _alike(runs)
-    groups = [_one_per_seed(group, folder, notes) for group in groups]
+    labels: Counter[str] = Counter()
+    for place, group in enumerate(groups):
+        labels[group.label] += 1
+        name = group.label if labels[group.label] == 1 else f"{group.label} ({labels[group.label]})"
+        groups[place] = replace(_one_per_seed(group, folder, notes), label=name)  # figures tell groups by their labels
     if not groups:
         raise UserError(f"{folder}: no run with a stability/trace.csv below it" + "".join(f"; {n}" for n in notes[:3]))
     return Found(groups, notes)
@@ -114,7 +118,7 @@ def _find_runs(folder: Path) -> tuple[list[Run], list[str]]:
             folders.clear()  # checkpoints hold many files
             try:
                 runs.append(read_run(path))
-            except UserError as error:
+            except (UserError, OSError) as error:
                 notes.append(f"{path.relative_to(folder)}: left out, {error}")
             continue
         if "config.yaml" in files or ".hydra" in folders:
@@ -259,4 +263,4 @@ def _one_per_seed(group: Group, folder: Path, notes: list[str]) -> Group:
     for run in group.runs:
         if run not in best.values():
             notes.append(f"{run.folder.relative_to(folder)}: left out, another run has its config and seed")
-    return Group(group.label, [run for run in group.runs if run in best.values()], group.question, group.overrides)
+    return replace(group, runs=[run for run in group.runs if run in best.values()])

@@ -18,7 +18,10 @@ def read_table(path: Path) -> Table:
     Raises:
         UserError: naming file and line, for what is not a number, or a line of another length than the header.
     """
-    lines = path.read_text().rpartition("\n")[0].splitlines()
+    try:
+        lines = path.read_text().rpartition("\n")[0].splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text") from None
     if not lines:
         raise UserError(f"{path}: empty, not even a header")
     names = lines[0].split(",")
