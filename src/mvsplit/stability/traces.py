@@ -5,9 +5,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from mvsplit.utils.errors import UserError
+
 CHEAP = ("loss", "grad_norm", "g_mean", "g_ctr", "q_grad", "k_grad", "rho", "token_cosine")
 """Columns of `trace.csv` beside `step`, a row per optimiser step: over a few deep blocks, root-sum-squares of gradients
 and means of the others."""
+Table = dict[str, np.ndarray]
+"""Columns by name, float64, all of one length."""
 _BRANCHES = ("attention", "ffn")
 _BY_BRANCH = ("var_gain", "tr_ratio", "g_mean", "g_ctr", "amplification", "alignment")
 DEPTH = (
@@ -50,3 +56,30 @@ class TableWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_table(path: Path) -> Table:
+    """Read a CSV file of numbers; an empty cell is NaN.
+
+    A last line without its end is still being written, or was cut short by a kill: it is left out.
+
+    Raises:
+        UserError: naming file and line, for what is not a number, or a line of another length than the header.
+    """
+    try:
+        lines = path.read_text().rpartition("\n")[0].splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text") from None
+    if not lines:
+        raise UserError(f"{path}: empty, not even a header")
+    names = lines[0].split(",")
+    values = np.full((len(lines) - 1, len(names)), np.nan)
+    for row, line in enumerate(lines[1:]):
+        cells = line.split(",")
+        try:
+            if len(cells) != len(names):
+                raise ValueError
+            values[row] = [float(cell) if cell.strip() else np.nan for cell in cells]
+        except ValueError:
+            raise UserError(f"{path}, line {row + 2}: not {len(names)} numbers: {line[:80]!r}") from None
+    return {name: values[:, column] for column, name in enumerate(names)}

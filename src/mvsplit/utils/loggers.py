@@ -6,6 +6,8 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from mvsplit.utils.flat import flatten
+
 
 class TensorBoard(TensorBoardLogger):
     """Lightning's logger without its `epoch` curve (runs are counted in steps), and with the config shown whole.
@@ -32,20 +34,7 @@ class TensorBoard(TensorBoardLogger):
         groups = ("seed", "residual", "model", "flow", "sampler", "optim", "data", "trainer")
         hparams: dict[str, Any] = {}
         for group in groups:
-            hparams |= _flatten(config[group], group)
+            hparams |= flatten(config[group], group)
         results = ("train/loss", "val/loss", "test/loss", "time/images_per_s")
         row = {f"hparam/{name}": metrics[name] for name in results if name in metrics}
         self.log_hyperparams(hparams, row, 0)
-
-
-def _flatten(tree: Any, path: str) -> dict[str, Any]:
-    """Nested dicts to dotted keys of numbers, switches and names; a class stands under its node's key."""
-    if isinstance(tree, dict):
-        flat = {path: tree["_target_"].rpartition(".")[2]} if "_target_" in tree else {}
-        for key, value in tree.items():
-            if key not in ("_target_", "_partial_") and f"{path}.{key}" not in ("model.residual", "data.prepare"):
-                flat |= _flatten(value, f"{path}.{key}")
-        return flat
-    if tree is None or (isinstance(tree, str) and "/" in tree):  # not set, or a path of this machine
-        return {}
-    return {path: tree if isinstance(tree, int | float | str) else str(tree)}
