@@ -19,17 +19,11 @@ from mvsplit.stability import figures
 from mvsplit.stability.figures import fit_through_origin, heatmap_image, profile_image
 from mvsplit.stability.outcomes import comparisons, judge, told_apart
 from mvsplit.stability.report import cell, make_report
-from mvsplit.stability.runs import TRACE, Group, Run, differences, find_groups, read_run
-from mvsplit.stability.traces import read_table
+from mvsplit.stability.runs import Group, Run, differences, find_groups, read_run
+from mvsplit.stability.traces import CHEAP, DEPTH, read_table
 from mvsplit.utils.entry import told
 from mvsplit.utils.errors import UserError
 
-DEPTH = (
-    "rho", "rho_image", "rho_context", "token_cosine", "mu_eff", "retention", "row_diversity", "var_gain_attention",
-    "var_gain_ffn", "tr_ratio_attention", "tr_ratio_ffn", "g_mean_attention", "g_ctr_attention", "g_mean_ffn",
-    "g_ctr_ffn", "amplification_attention", "alignment_attention", "amplification_ffn", "alignment_ffn", "q_grad",
-    "k_grad", "alpha_mean", "alpha_max", "beta_mean", "beta_max",
-)  # fmt: skip
 PLANNED = 120
 
 
@@ -58,7 +52,7 @@ def make_run(
 
     step = np.arange(steps)
     gone = np.zeros(steps) if collapse is None else np.clip((step - collapse + 8) / 8, 0, 1)
-    course = {name: np.exp(generator.normal(0, 0.08, steps)) for name in TRACE}
+    course = {name: np.exp(generator.normal(0, 0.08, steps)) for name in ("step", *CHEAP)}
     loss = final + (1.7 - final) * np.exp(-step / PLANNED * 8)
     course["step"] = step
     course["loss"] = (loss * (1 - gone) + 1.57 * gone) * np.exp(generator.normal(0, 0.004, steps))

@@ -44,6 +44,7 @@ class StabilityProbe(Callback):
 
     Attributes:
         values: of the step at hand, by the column names of `trace.csv`; the same on all ranks.
+        by_depth: of the last full measurement, by block and the column names of `depth.csv`, until somebody took it.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StabilityProbe(Callback):
         self.folder, self.every, self.attention_samples = Path(folder), every, attention_samples
         self.num_blocks, self.num_watched = blocks, watched
         self.values: dict[str, float] = {}
+        self.by_depth: dict[int, dict[str, float]] = {}
         self._tables: tuple[TableWriter, TableWriter] | None = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -90,13 +92,12 @@ class StabilityProbe(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         if not takes_step(trainer):
             return
-        full = self.blocks if self._is_full(trainer) else []
+        full = self._is_full(trainer)
         self._taps.detach()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         table = self._taps.read(self._micro_batches, scaler.get_scale() if scaler is not None else 1.0)
         self._micro_batches = 0
-        numbers = sorted({*self.watched, *full})
-        for (block, name), norm in self._query_key_norms(module, numbers).items():
+        for (block, name), norm in self._query_key_norms(module, list(table)).items():
             table[block][name] = norm
         self.values = {
             "loss": float(trainer.strategy.reduce(self._loss, reduce_op="mean")),
@@ -104,8 +105,9 @@ class StabilityProbe(Callback):
             **summary([table[block] for block in self.watched]),
         }
         if full:
-            self._add_gains(module, table, full)
-        self._write(trainer, {block: table[block] for block in full})
+            self.by_depth = {block: table[block] for block in self.blocks}
+            self._add_gains(module)
+        self._write(trainer, full)
 
     def _query_key_norms(self, module: LightningModule, blocks: list[int]) -> dict[tuple[int, str], float]:
         rows = {}
@@ -117,27 +119,29 @@ class StabilityProbe(Callback):
         norms = row_norms(module, rows)
         return {(int(key.split()[0]), key.split()[1]): norm for key, norm in norms.items()}
 
-    def _add_gains(self, module: LightningModule, table: dict[int, dict[str, float]], blocks: list[int]) -> None:
+    def _add_gains(self, module: LightningModule) -> None:
         groups: dict[str, list[str]] = {}
-        for block in blocks:
+        for block in self.by_depth:
             for name, _ in self._taps.network.blocks[block].named_parameters():
                 gain = name.rpartition(".")[2]
                 if gain in ("alpha", "beta"):
                     groups.setdefault(f"{block} {gain}", []).append(f"network.blocks.{block}.{name}")
         for key, (mean, largest) in (gain_statistics(module, groups) if groups else {}).items():
             number, gain = key.split()
-            table[int(number)] |= {f"{gain}_mean": mean, f"{gain}_max": largest}
+            self.by_depth[int(number)] |= {f"{gain}_mean": mean, f"{gain}_max": largest}
 
-    def _write(self, trainer: Trainer, table: dict[int, dict[str, float]]) -> None:
+    def _write(self, trainer: Trainer, full: bool) -> None:
         if self._tables is None:
             return
+        step = trainer.global_step
         trace, by_depth = self._tables
-        trace.append([{"step": trainer.global_step} | self.values])
-        by_depth.append([{"step": trainer.global_step, "block": block} | values for block, values in table.items()])
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
-            scalars = {f"stability/{name}": value for name, value in self.values.items() if math.isfinite(value)}
+        trace.append([{"step": step} | self.values])
+        if full:
+            by_depth.append({"step": step, "block": block} | values for block, values in self.by_depth.items())
+        if (step + 1) % trainer.log_every_n_steps == 0:
+            logged = {name: value for name, value in self.values.items() if name not in ("loss", "grad_norm")}
             for logger in trainer.loggers:
-                logger.log_metrics(scalars, trainer.global_step)
+                logger.log_metrics({f"stability/{name}": value for name, value in logged.items()}, step)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._close()
