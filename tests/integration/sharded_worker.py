@@ -3,7 +3,8 @@
     python sharded_worker.py FOLDER MODE key=value …
 
 MODE `train` records: initial and final weights, at step `AT` the weights, the averaged gradient and every rank's
-micro-batches, later steps' micro-batches too. MODE `build` stops after construction and records its memory.
+micro-batches, later steps' micro-batches too. MODE `watch` trains with `callbacks.stability` alone: its tables are the
+record. MODE `build` stops after construction and records its memory.
 """
 
 import mvsplit  # noqa: F401 (before torch)
@@ -112,7 +113,8 @@ def main(folder: Path, mode: str, overrides: list[str]) -> None:
     module = build(config["module"])
     if mode == "build":
         measured(module, folder)
-    settings = {"callbacks": [Recorder(folder)], "logger": False, "enable_checkpointing": False,
+    callbacks = [build(config["callbacks"]["stability"])] if mode == "watch" else [Recorder(folder)]
+    settings = {"callbacks": callbacks, "logger": False, "enable_checkpointing": False,
                 "enable_progress_bar": False, "limit_val_batches": 0}  # fmt: skip
     trainer: Trainer = build(config["trainer"] | settings)
     trainer.fit(module, datamodule=build(config["data"]))
