@@ -1,0 +1,1 @@
+"""What a network's stability is measured, watched and told by."""
