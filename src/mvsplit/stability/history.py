@@ -48,6 +48,11 @@ class Running:
     def last(self, count: int) -> float:
         return median(value for _, value in list(self.values)[-count:])
 
+    def spread_of_last(self, count: int) -> float:
+        """Robust standard deviation of the last few around their trend: from the differences of neighbours."""
+        values = [value for _, value in list(self.values)[-count:]]
+        return 1.4826 * median([abs(b - a) for a, b in pairwise(values)] or [0.0]) / math.sqrt(2)
+
     def spread(self, logarithm: bool) -> float:
         """Robust standard deviation."""
         middle = self.median()
@@ -76,9 +81,11 @@ class Streak:
 
     def sustained(self) -> bool:
         """All of the last rows, but for one in eight."""
+        if not self.seen or not self.seen[-1][1]:
+            return False
         needed = self.needed
         hits = [hit for _, hit in self.seen][-needed:]
-        return len(hits) == needed and hits[-1] and sum(hits) >= needed - needed // 8
+        return len(hits) == needed and sum(hits) >= needed - needed // 8
 
     def load(self, pairs: Iterable[Any]) -> None:
         self.seen.clear()
@@ -106,6 +113,7 @@ class History:
         self.queries: deque[float] = deque(maxlen=t.patience)
         self.steps: deque[int] = deque(maxlen=21)
         self.calm_from = -1
+        self._gap: float | None = None  # worked out once a row
         self.before: dict[str, float] = {}
         self._stood_still = (0, False)  # step, and whether measures of the collapse itself had not moved then
 
@@ -113,6 +121,7 @@ class History:
         """A row comes."""
         self._jump(step)
         self.steps.append(step)
+        self._gap = None
         if "q_grad" in row:
             self.queries.append(row["q_grad"])
         if "loss" in row:
@@ -122,8 +131,10 @@ class History:
 
     def gap(self) -> float:
         """Steps between two rows."""
-        gaps = [b - a for a, b in pairwise(self.steps) if b > a]
-        return median(gaps) if gaps else 1
+        if self._gap is None:
+            gaps = [b - a for a, b in pairwise(self.steps) if b > a]
+            self._gap = median(gaps) if gaps else 1
+        return self._gap
 
     def min_rows(self) -> int:
         return self.thresholds.min_rows if self.gap() < 10 else self.thresholds.min_rows_sparse
@@ -137,6 +148,8 @@ class History:
         self.calm_from = step + max(self.thresholds.grace, round(3 * self.gap()))
         if step <= last:
             self.forget_from(step)
+            loss = self.normal["loss"]
+            self.lowest = loss.last(self.thresholds.recent) if len(loss) >= self.min_rows() else math.inf
             self.steps.clear()
 
     def learn(self, step: int, row: dict[str, float]) -> None:
@@ -187,6 +200,7 @@ class History:
             streak.load(state["streaks"][name])
         self.first = [(step, loss) for step, loss in state["first"]]
         queues: dict[str, deque[Any]] = {"losses": self.losses, "queries": self.queries, "steps": self.steps}
+        self._gap = None
         for name, queue in queues.items():
             queue.clear()
             queue.extend(state[name])

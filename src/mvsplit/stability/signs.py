@@ -87,23 +87,25 @@ class Signs:
         return (1, text) if self.stands_out("ratio", 3) else (0, "")
 
     def _alike(self) -> tuple[int, str]:
-        """Tokens grow alike."""
-        name = "token_cosine" if "token_cosine" in self.row else "rho"
-        usual = self.normal(name)
-        if usual is None or name not in self.row:
+        """Tokens grow alike. Two views of one thing: rho, a mean of ratios, sees few samples that collapse sooner."""
+        usual, rho = self.normal("token_cosine"), self.normal("rho")
+        views = []
+        if usual is not None:
+            strong = self.t.cosine_onset if usual <= self.t.cosine_onset - self.t.cosine_step else math.inf
+            views.append(self._reaches("token_cosine", usual, strong, max(0.75, usual + 0.3)))
+        if rho is not None:
+            views.append(self._reaches("rho", rho, max(self.t.rho_onset, 4 * rho), max(1.5, 3 * rho)))
+        return max(views, default=(0, ""), key=lambda view: view[0])
+
+    def _reaches(self, name: str, usual: float, strong: float, weak: float) -> tuple[int, str]:
+        if name not in self.row:
             return 0, ""
-        value, before = self.row[name], self.history.before.get(name)
-        if name == "token_cosine":
-            strong, weak = self.t.cosine_onset, max(0.75, usual + 0.3)
-            known = usual <= strong - self.t.cosine_step
-        else:
-            strong, weak = max(self.t.rho_onset, 4 * usual), max(1.5, 3 * usual)
-            known = True
+        value, before = self.row[name], self.history.before.get(name, -math.inf)
         text = f"{name} {value:.4g} (median {usual:.3g}, threshold {strong:.3g})"
-        spread = self.history.normal[name].spread(logarithm=False)
-        if known and value >= strong:
-            return (3 if before is not None and before >= strong else 2), text
-        return (1, text) if value >= weak and value >= usual + 2.5 * spread else (0, "")
+        if value >= strong:
+            return (3 if before >= strong else 2), text
+        apart = value - usual >= 2.5 * self.history.normal[name].spread(logarithm=False)
+        return (1, text) if value >= weak and apart else (0, "")
 
     def _queries(self) -> tuple[int, str]:
         """The Q gradient vanishes."""
@@ -121,15 +123,19 @@ class Signs:
         usual, losses = self.normal("loss"), list(self.history.losses)
         if usual is None or "loss" not in self.row:
             return 0, ""
+        # While it falls, the long median lags behind.
+        usual = min(usual, self.history.normal["loss"].last(2 * self.t.recent))
         sparse = self.history.gap() >= 10
         short = min(losses[-2:]) if sparse else median(losses[-3:])
         longer = short if sparse else median(losses[-5:])
-        spread = self.history.normal["loss"].spread(logarithm=False)
+        spread = self.history.normal["loss"].spread_of_last(2 * self.t.recent)
         share = self.loss_share(short, usual)
-        text = f"loss {short:.4g} = {short / usual:.3g} × its median {usual:.4g}"
-        if share is not None:
+        shown = self.row["loss"] if self.row["loss"] > short else short
+        text = f"loss {shown:.4g} = {shown / usual:.3g} × its median {usual:.4g}"
+        if share is not None and share > 0:
             text += f", {share:.0%} of the way back to the initial loss (threshold {self.t.loss_rise:.0%})"
-        if short < 1.05 * usual or short < usual + 2 * spread:
+        leaps = self.row["loss"] >= max(1.2 * usual, usual + self.t.noise * spread)
+        if not leaps and (short < 1.05 * usual or short < usual + 2 * spread):
             return 0, ""
         high = share is not None and share >= self.t.loss_rise and short >= usual + self.t.noise * spread
         if not high or short < 1.2 * usual or self._explained(moved):

@@ -22,8 +22,8 @@ class Thresholds:
         ratio_still: × under which the ratio has not moved: the loss alone is no onset then.
         cosine_onset, cosine_dead: token cosine that is an onset, of a network whose median was `cosine_step` lower; and
             that, sustained, is a dead network. Absolute: 1 means that all tokens are the same.
-        rho_onset, rho_dead: the same of rho, the onset's being × 4 its median too; only where there is no cosine, they
-            measure the same thing (cosine ≈ ρ² / (1 + ρ²)).
+        rho_onset, rho_dead: the same of rho (cosine ≈ ρ² / (1 + ρ²)); the onset's has to be × 4 its median too; death
+            is read from it only where there is no cosine.
         q_onset, q_dead: × of the Q gradient that is an onset, or, sustained, a dead network.
         q_share: Q gradient / gradient norm that is a dead network, where no healthy median is known.
         ratio_dead: G_mean / G_ctr that, sustained, is a dead network.
