@@ -153,6 +153,8 @@ def test_a_rollback_restores_everything_and_lowers_the_learning_rate(run: Run, t
     assert record.before[7]["lr"] == record.before[6]["lr"]
     assert (guard.rollbacks, guard.lr_scale, guard.watch.state) == (1, 0.5, "healthy")
     assert result["objects"]["trainer"].global_step == 8
+    (decision,) = log(tmp_path)
+    assert (decision["action"], decision["back_to"], decision["lr_scale"]) == ("rollback", 2, 0.5)
 
     resumed = run((), *options, "trainer.max_steps=10", "callbacks.ema.decay=0", "ckpt_path=last")
     assert resumed["record"].after[8]["lr"] == resumed["record"].before[9]["lr"] == record.before[7]["lr"]
@@ -179,7 +181,8 @@ def test_retries_are_bounded_and_end_with_a_report(run: Run, tmp_path: Path) -> 
     assert (content["step"], content["kind"], content["rollbacks"], content["lr_scale"]) == (4, "onset", 2, 0.25)
     assert [row["step"] for row in content["rows"]] == [0, 1, 2, 3, 4]
     assert content["thresholds"]["ratio"] == 5.0
-    assert [d["step"] for d in content["decisions"]] == [2, 3, 4]
+    assert [(d["step"], d["action"]) for d in content["decisions"]] == [(2, "rollback"), (3, "rollback"), (4, "stop")]
+    assert log(tmp_path) == content["decisions"]
 
 
 def test_stop_ends_before_the_step(run: Run, tmp_path: Path) -> None:
@@ -189,10 +192,11 @@ def test_stop_ends_before_the_step(run: Run, tmp_path: Path) -> None:
     assert 3 not in result["record"].after
 
 
-def test_skipping_for_ever_stops(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipping_for_ever_stops(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mvsplit.callbacks.collapse_guard.MAX_SKIPPED", 2)
     result = run((2, 3, 4, 5), "callbacks.guard.action=skip")
     assert "after 2 skipped steps" in result["error"]
+    assert [(d["step"], d["action"]) for d in log(tmp_path)] == [(2, "skip"), (3, "skip"), (4, "stop")]
 
 
 def test_a_guard_without_its_probe_is_refused(train_here: Any, monkeypatch: pytest.MonkeyPatch) -> None:

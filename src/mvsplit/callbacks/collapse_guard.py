@@ -5,8 +5,9 @@ import math
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt, Le
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -62,15 +63,15 @@ class CollapseGuard(Callback):
         snapshot_every: PositiveInt = 100,
         margin: NonNegativeInt = 50,
         max_rollbacks: NonNegativeInt = 3,
-        lr_factor: PositiveFloat = 0.5,
+        lr_factor: Annotated[float, Gt(0), Le(1)] = 0.5,
         spike: PositiveFloat = Thresholds.spike,
         ratio: PositiveFloat = Thresholds.ratio,
-        cosine_onset: PositiveFloat = Thresholds.cosine_onset,
-        cosine_dead: PositiveFloat = Thresholds.cosine_dead,
+        cosine_onset: Annotated[float, Gt(0), Le(1)] = Thresholds.cosine_onset,
+        cosine_dead: Annotated[float, Gt(0), Le(1)] = Thresholds.cosine_dead,
         q_dead: PositiveFloat = Thresholds.q_dead,
         loss_rise: PositiveFloat = Thresholds.loss_rise,
         loss_dead: PositiveFloat = Thresholds.loss_dead,
-        window: PositiveInt = Thresholds.window,
+        window: Annotated[int, Ge(Thresholds.min_rows)] = Thresholds.window,
         patience: PositiveInt = Thresholds.patience,
         recovery: PositiveInt = Thresholds.recovery,
     ) -> None:
@@ -142,19 +143,18 @@ class CollapseGuard(Callback):
         step, values = trainer.global_step, dict(self._probe.values)
         self._rows.append({"step": step} | values)
         events = self.watch.observe(step, dict(values))
-        for event in events:
-            self._log(trainer, event, self.action if event.kind in ALARMS else "none")
         alarm = next((event for event in events if event.kind in ALARMS), None)
+        for event in events:
+            if event is not alarm or self.action == "warn":
+                self._log(trainer, event, "warn" if event is alarm else "none")
         if self.action == "rollback":
             self._keep(trainer, module, step)
-        on = alarm is not None
-        if self.action == "skip":
-            on = on or (self.watch.state != "healthy" and self.watch.beyond)
+        still_ill = self.action == "skip" and self.watch.state != "healthy" and self.watch.beyond
         # The values are the same on all ranks, so this is too; if ever it were not, all act rather than some.
-        if self.action == "warn" or not trainer.strategy.reduce_boolean_decision(on, all=False):
+        if self.action == "warn" or not trainer.strategy.reduce_boolean_decision(bool(alarm or still_ill), all=False):
             self.skipped = 0
             return
-        alarm = alarm or Event(step, "onset", "still beyond the thresholds")
+        alarm = alarm or Event(step, "dead" if self.watch.state == "dead" else "onset", "still beyond the thresholds")
         if self.action == "stop":
             self._stop(trainer, alarm, f"the network is {'dead' if alarm.kind == 'dead' else 'collapsing'}")
         elif self.action == "skip":
@@ -162,8 +162,8 @@ class CollapseGuard(Callback):
         else:
             self._roll_back(trainer, module, alarm)
 
-    def _log(self, trainer: Trainer, event: Event, action: str) -> None:
-        decision = {"step": event.step, "kind": event.kind, "why": event.why, "action": action}
+    def _log(self, trainer: Trainer, event: Event, action: str, **more: Any) -> None:
+        decision = {"step": event.step, "kind": event.kind, "why": event.why, "action": action} | more
         self.decisions.append(decision)
         if not trainer.is_global_zero:
             return
@@ -180,6 +180,7 @@ class CollapseGuard(Callback):
         self.skipped += 1
         if self.skipped > MAX_SKIPPED:
             self._stop(trainer, alarm, f"after {MAX_SKIPPED} skipped steps the network is no better")
+        self._log(trainer, alarm, "skip")
         drop_gradients(module)
 
     def _keep(self, trainer: Trainer, module: LightningModule, step: int) -> None:
@@ -201,11 +202,12 @@ class CollapseGuard(Callback):
             self._stop(trainer, event, f"{known} the network is collapsing again")
         old_enough = [snapshot for snapshot in self.snapshots if snapshot.step <= event.step - self.margin]
         snapshot = old_enough[-1] if old_enough else self.snapshots[0]
+        self.rollbacks += 1
+        self.lr_scale *= self.lr_factor
+        self._log(trainer, event, "rollback", back_to=snapshot.step, lr_scale=self.lr_scale)
         snapshot.restore(module, trainer.optimizers[0], self._averages(trainer))
         drop_gradients(module)
         self.snapshots = [snapshot]
-        self.rollbacks += 1
-        self.lr_scale *= self.lr_factor
         self._scale_lr(module)
         self._healthy_since = event.step + 1
         self.watch.went_back()
@@ -216,6 +218,7 @@ class CollapseGuard(Callback):
             )
 
     def _stop(self, trainer: Trainer, event: Event, what: str) -> None:
+        self._log(trainer, event, "stop")
         path = self.folder / f"collapse_step_{event.step}.json"
         if trainer.is_global_zero:
             report = {

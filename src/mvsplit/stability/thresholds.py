@@ -33,9 +33,9 @@ class Thresholds:
         stir: × gradient norm, sustained over `recent` rows with the loss unmoved, after which a spike is an onset
             where only loss and gradient norm are known: the paper's stirs 30 steps before, benign spikes do not.
         patience: steps for which a dead network has to look dead, and rows if they are further apart (at least
-            `patience_rows`). doubt: how many times longer if only the loss says so and the rest looks healthy (at least
-            2 × `patience_rows` rows).
-        recovery: steps, and at least `patience_rows` rows, in the healthy range after which a network has recovered.
+            `patience_rows`). doubt: how many times longer if only the loss says so and the rest looks healthy (and at
+            least 2 × `patience_rows` rows).
+        recovery: steps in the healthy range, and at least 2 × `patience_rows` rows, after which it has recovered.
         grace: steps after a jump in the step count in which loss and gradient norm alone are no onset: the transient
             of a resumed run.
     """

@@ -49,7 +49,7 @@ class Watch:
         self.state: State = "healthy"
         self.beyond = False
         self._history = History(self.thresholds)
-        self._well = Streak(self.thresholds.recovery, self.thresholds.patience_rows)
+        self._well = Streak(self.thresholds.recovery, 2 * self.thresholds.patience_rows)
         self._spike: tuple[int, int] | None = None  # the step at which it began, and rows since
 
     def observe(self, step: int, values: dict[str, float | None]) -> list[Event]:
