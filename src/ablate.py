@@ -7,8 +7,6 @@ import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
 # isort: split
 
-import importlib
-import importlib.util
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -17,13 +15,12 @@ from typing import Any
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
+import report
 import train
 from mvsplit.benchmarks import ablation
 from mvsplit.training import run
 from mvsplit.utils import entry
 from mvsplit.utils.config import check_config, to_plain
-from mvsplit.utils.console import say
-from mvsplit.utils.errors import UserError
 
 
 def train_here(config: dict[str, Any]) -> dict[str, float]:
@@ -57,23 +54,13 @@ def compose_run(overrides: list[str], seed: int, paths: dict[str, str]) -> dict[
     return config
 
 
-def write_report(folder: Path) -> None:
-    """What the runs in the folder say, as `python src/report.py` writes it, or why it cannot."""
-    if importlib.util.find_spec("report") is None:  # MERGE: `import report` above, without this and with report.main
-        return
-    try:
-        importlib.import_module("report").main([str(folder)])
-    except UserError as error:
-        say(f"no report        {error}")
-
-
 def ablate(cfg: DictConfig) -> None:
     """Train all that is missing, then write the report; exits with 1 if a run failed."""
     config = to_plain(cfg)
     check_config(config, ablation.Config)
     folder = Path(config["folder"])
     failed = ablation.run_all(config, compose_run, train_here)
-    write_report(folder)
+    report.main([str(folder)])
     if failed:
         sys.exit(1)
 

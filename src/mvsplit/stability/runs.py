@@ -143,7 +143,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"config.yaml cannot be read ({str(error).splitlines()[0]})") from None
     if not isinstance(config, dict):
         raise UserError("config.yaml holds no config")
-    trace = read_table(folder / "stability" / "trace.csv")
+    trace = read_table(folder / "stability" / "trace.csv", growing=True)
     absent = [name for name in ("step", "loss") if name not in trace]
     if absent:
         raise UserError(f"trace.csv has no column {absent[0]}")
@@ -154,7 +154,7 @@ def read_run(folder: Path) -> Run:
     for name in ("depth", "time_probe"):
         path = folder / "stability" / f"{name}.csv"
         try:
-            table = read_table(path)
+            table = read_table(path, growing=True)
             wrong = {"step", "block"} - table.keys()
             if wrong:
                 raise UserError(f"{path}: no column {min(wrong)}")

@@ -363,6 +363,20 @@ class Tensors:
         return self.read(name, 0, shape.numel()).reshape(shape)
 
 
+class HeldTensors(Tensors):
+    """Copies in host memory of slices that this process holds; only what lies in them can be read."""
+
+    def __init__(self, slices: Slices) -> None:
+        held = {name: part._replace(values=part.values.to("cpu", copy=True)) for name, part in slices.items()}
+        self._held = held
+        self.shapes = {name: part.shape for name, part in held.items()}
+        self.dtypes = {name: part.values.dtype for name, part in held.items()}
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        part = self._held[name]
+        return part.values[start - part.start : stop - part.start]
+
+
 def newest(folder: Path, verify: bool) -> Path | None:
     """The checkpoint of the most steps in a run's `checkpoints` that is whole; others are told and passed over.
 

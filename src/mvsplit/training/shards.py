@@ -209,6 +209,12 @@ def load_optimizer(module: nn.Module, optimizer: Optimizer, settings: dict[str, 
             _fill(parameter, saved, f"{name}/{key}", part(key))
 
 
+def clear_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
+    """Let the optimiser be as before its first step, but for its settings."""
+    for parameter in module.parameters():
+        _state(parameter, optimizer)[1].clear()
+
+
 def _inner(optimizer: Optimizer) -> Any:
     return getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's, like Lightning's, wraps the real one
 
@@ -251,6 +257,36 @@ def _gradients_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         if gradient is not None:
             gradients[name] = local(gradient)
     return gradients
+
+
+def drop_gradients(module: nn.Module) -> None:
+    """Let the optimiser step that follows change nothing: weights, optimiser state and its counts stay to the bit.
+
+    Optimisers leave parameters without a gradient alone. DeepSpeed's keeps its gradients elsewhere, but can throw
+    them away: that is what it does when float16 overflows.
+    """
+    zero3 = next((z for parameter in module.parameters() if (z := _zero3(parameter)) is not None), None)
+    if zero3 is not None:
+        _discard_step(zero3)
+        return
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+def _discard_step(zero3: Any) -> None:
+    """Make DeepSpeed take its next step for one that overflowed; the loss scale stays as it is."""
+    check, update = "_overflow_check_and_loss_scale_update", "_update_scale"
+
+    def overflowed(update_scale: bool = True) -> bool:
+        delattr(zero3, check)
+        zero3.overflow = True
+        return True
+
+    def keep_scale(has_overflow: bool = False) -> None:
+        delattr(zero3, update)
+
+    setattr(zero3, check, overflowed)
+    setattr(zero3, update, keep_scale)
 
 
 def whole_storages(tensors: list[Tensor]) -> list[Tensor]:

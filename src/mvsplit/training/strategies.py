@@ -96,6 +96,8 @@ class ShardedPrecision(Precision):
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clip by the norm over all ranks: one collective, where PyTorch's own asks DTensor for each parameter."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:  # a step that is not taken
+            return
         grads = [local(p.grad) for p in parameters]
         norm = total_norm(grads, shared_out=True)  # every parameter is sharded, none is counted twice
         scale = (clip_val / (norm + 1e-6)).clamp(max=1.0).float()  # as torch.nn.utils.clip_grad_norm_
