@@ -20,6 +20,7 @@ from mvsplit.callbacks.stability import StabilityProbe
 from mvsplit.stability.watch import Event, Thresholds, Watch
 from mvsplit.training.shards import drop_gradients, on_disk
 from mvsplit.training.snapshots import Snapshot
+from mvsplit.training.strategies import takes_step
 from mvsplit.utils.console import say
 from mvsplit.utils.errors import AgreedError, UserError
 
@@ -136,9 +137,8 @@ class CollapseGuard(Callback):
             group["lr"] = base * factor(scheduler.last_epoch)
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
-        engine = getattr(trainer.strategy, "deepspeed_engine", None)
-        if engine is not None and not engine.is_gradient_accumulation_boundary():
-            return  # DeepSpeed is asked for a step after each micro-batch
+        if not takes_step(trainer):
+            return
         assert self._probe is not None
         step, values = trainer.global_step, dict(self._probe.values)
         self._rows.append({"step": step} | values)
