@@ -1,4 +1,4 @@
-"""Measure: `python src/bench.py data|depth|memory [key=value …]`. Every key is explained in `configs/bench_*.yaml`."""
+"""Measure: `python src/bench.py data|depth|memory|stability [key=value …]`. Keys are told in `configs/bench_*.yaml`."""
 
 import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import train
-from mvsplit.benchmarks import data, depth, memory
+from mvsplit.benchmarks import data, depth, memory, stability
 from mvsplit.training import run
 from mvsplit.utils import entry
 from mvsplit.utils.config import check_config, to_plain
@@ -52,6 +52,20 @@ def bench_memory(cfg: DictConfig) -> dict[str, Any]:
     return memory.report(config, overrides, Path(config["paths"]["output_dir"]))
 
 
+def bench_stability(cfg: DictConfig) -> dict[str, Any]:
+    """Measure what watching costs; the figures are shown, kept as `bench_stability.json`, and returned."""
+    config = to_plain(cfg)
+    check_config(config, stability.Config)
+    folder = Path(config["paths"]["output_dir"])
+    steps = [f"trainer.max_steps={config['steps']}", f"trainer.val_check_interval={config['steps']}"]
+    chosen = compose("train.yaml", [*config["overrides"], *steps, f"seed={config['seed']}"])
+    chosen.paths = cfg.paths
+    training = to_plain(chosen)
+    check_config(training, run.TrainConfig)
+    run.check_together(training)
+    return stability.measure(config, training, folder)
+
+
 def train_overrides(hydra: Any, own: set[str]) -> list[str]:
     """What leads from `train.yaml` to the training config of this command, without the benchmark's own keys."""
     groups = {group: hydra.runtime.choices[group] for group in ("data", "model", "trainer")}
@@ -59,7 +73,7 @@ def train_overrides(hydra: Any, own: set[str]) -> list[str]:
     return [f"{group}={choice}" for group, choice in groups.items() if f"{group}={choice}" not in given] + given
 
 
-BENCHMARKS = {"data": bench_data, "depth": bench_depth, "memory": bench_memory}
+BENCHMARKS = {"data": bench_data, "depth": bench_depth, "memory": bench_memory, "stability": bench_stability}
 
 
 def split_command(argv: list[str]) -> tuple[str, list[str]]:

@@ -29,18 +29,15 @@ ILL = FINE | {"grad_norm": 9.0, "g_mean": 1.6, "g_ctr": 0.0125, "rho": 5.9, "tok
 
 
 class Forged(StabilityProbe):
-    """A probe that makes its values up."""
+    """A probe whose values are made up once they are measured."""
 
-    def __init__(self, ill: tuple[int, ...]) -> None:
-        self.ill, self.values = ill, {}
+    def __init__(self, ill: tuple[int, ...], folder: Path) -> None:
+        super().__init__(str(folder), every=0)
+        self.ill = ill
 
-    def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
-        self.values = dict(ILL if trainer.global_step in self.ill else FINE)  # type: ignore[arg-type]
-
-
-for name in dir(Callback):
-    if name.startswith(("on_", "setup", "teardown", "state_dict", "load_state")) and name not in vars(Forged):
-        setattr(Forged, name, getattr(Callback, name))
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        super().on_before_optimizer_step(trainer, module, optimizer)
+        self.values = dict(ILL if trainer.global_step in self.ill else FINE)
 
 
 def held(trainer: Any, module: Any) -> dict[str, Any]:
@@ -77,7 +74,7 @@ def prepare(callbacks: list[Any], ill: tuple[int, ...], record: Callback) -> lis
     if guard.watch.state_dict()["history"]["steps"] == []:
         for step, row in rows(healthy(0, 300, speed=20.0, final=0.6, gradient=(1.0, 0.5)))[200:]:
             guard.watch.observe(step - 300, row)
-    return [record, Forged(ill), *callbacks]
+    return [record, Forged(ill, guard.folder), *callbacks]
 
 
 @pytest.fixture

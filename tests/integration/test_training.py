@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import compose_config
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 
 import mvsplit.training.module as module_file
+from mvsplit.stability.traces import read_table
 from mvsplit.utils.errors import UserError
 
 from .conftest import differences, last, state, weights
@@ -36,6 +38,7 @@ def test_a_run_leaves_everything_behind(train_here: Train, tmp_path: Path) -> No
     assert any(name.startswith("best-") for name in names)
     assert sorted(name for name in names if name.startswith("last-")) == ["last-00000004.ckpt", "last-00000006.ckpt"]
     assert {p.name for p in (run / "samples").iterdir()} == {"step_00000003.png", "step_00000006.png"}
+    assert {p.name for p in (run / "stability").iterdir()} == {"trace.csv", "depth.csv", "time_probe.csv"}
     content = last(run)  # loads with tensors and plain containers only
     assert content["global_step"] == 6
     assert content["callbacks"]["EMA"]["num_updates"] == 6
@@ -43,7 +46,7 @@ def test_a_run_leaves_everything_behind(train_here: Train, tmp_path: Path) -> No
 
 
 def test_tensorboard_shows_what_it_should(train_here: Train, tmp_path: Path) -> None:
-    metrics, _ = train_here()
+    metrics, _ = train_here("callbacks.stability.every=2", "callbacks.stability_board.images_every=2")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     tags = set(events.Tags()["scalars"])
     expected = {"train/loss", "train/lr", "train/grad_norm", "val/loss", "test/loss", "time/images_per_s",
@@ -54,11 +57,33 @@ def test_tensorboard_shows_what_it_should(train_here: Train, tmp_path: Path) -> 
     assert [e.step for e in events.Scalars("train/loss")] == list(range(6))
     assert events.Scalars("val/loss")[-1].value == pytest.approx(metrics["val/loss"])
     assert [e.step for e in events.Images("sample/grid")] == [2, 5]
+    stability = {tag.removeprefix("stability/") for tag in tags if tag.startswith("stability/")}
+    by_depth = {tag.partition("_depth_")[0] for tag in stability if "_depth_" in tag}
+    assert by_depth == {"rho", "token_cosine", "g_ratio", "q_grad"}
+    assert len(stability) == 4 * 4 + 6  # not one for each block
+    assert [e.step for e in events.Scalars("stability/rho")] == list(range(6))
+    assert [e.step for e in events.Scalars("stability/rho_depth_0.75-1.00")] == [0, 2, 4, 5]
+    for name in by_depth:
+        assert [e.step for e in events.Images(f"stability/{name}_map")] == [2, 5]
+        assert [e.step for e in events.Images(f"stability/{name}_profile")] == [2, 5]
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"stability/token_cosine" in layout
     assert "config/text_summary" in events.Tags()["tensors"]
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "max_steps: 6" in text
     rows = [f for f in (tmp_path / "run" / "tensorboard").rglob("events.*")]
     assert any(b"session_start_info" in f.read_bytes() for f in rows)  # the HParams row
+
+
+def test_a_resumed_run_has_one_row_for_each_step(train_here: Train, tmp_path: Path) -> None:
+    options = ["callbacks.stability.every=2", "callbacks.last.every_n_steps=2"]
+    train_here(*options, run="whole")
+    train_here(*options, "trainer.max_steps=3", "test=false", run="cut")
+    train_here(*options, "ckpt_path=last", run="cut")
+    for name in ("trace.csv", "depth.csv", "time_probe.csv"):
+        whole, cut = (read_table(tmp_path / run / "stability" / name) for run in ("whole", "cut"))
+        for column, values in cut.items():
+            np.testing.assert_array_equal(values, whole[column], err_msg=f"{name}: {column}")
 
 
 def test_csv_logger(train_here: Train, tmp_path: Path) -> None:

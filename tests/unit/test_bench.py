@@ -14,7 +14,7 @@ import pytest
 from conftest import SRC, compose_config
 
 import bench
-from mvsplit.benchmarks import data, depth, made
+from mvsplit.benchmarks import data, depth, made, stability
 from mvsplit.data.order import StreamOrder
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.errors import UserError
@@ -65,7 +65,7 @@ def test_all_figures_are_there_and_nothing_is_left(run_script: Run, tmp_path: Pa
 def test_an_unknown_benchmark_is_told_in_one_line() -> None:
     command = [sys.executable, str(SRC / "bench.py"), "memry"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    allowed = "allowed are data, depth, memory, as in `python src/bench.py data`"
+    allowed = "allowed are data, depth, memory, stability, as in `python src/bench.py data`"
     assert (done.returncode, done.stderr) == (2, f"error: benchmark: 'memry' is none; {allowed}\n")
     with pytest.raises(UserError, match="none is named"):
         bench.split_command(["bench.py", "rounds=1"])
@@ -124,3 +124,18 @@ def test_latents_are_read_faster_than_by_plain_webdataset(tmp_path: Path) -> Non
     config = to_plain(compose_config("paths.output_dir=/nowhere", *changes, name="bench_data.yaml"))
     ratios = data.race("latents", data.latent_set(tmp_path, config), 0, config)[1]
     assert ratios["webdataset"]["max"] >= 1.5  # 4 on an idle machine
+
+
+def test_what_watching_costs_is_told(run_script: Run, tmp_path: Path) -> None:
+    tiny = ["steps=18", "limits.cheap=1e9", "limits.full=1e-9", 'overrides=["model=tiny","data.batch_size=4"]']
+    done = run_script("bench.py", "stability", *tiny)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("logs/bench_stability/runs/*/bench_stability.json")
+    result = json.loads(file.read_text())
+    assert all(result[f"{name}_s"] > 0 for name in ("without", "cheap", "full", "drawing"))
+    assert result["full_s"] > result["without_s"]
+    assert result["holds"] == {"cheap": True, "full": result["full_share"] <= 1e-9}
+    seconds = {"without": [1.0] * 9, "cheap": [1.02] * 9, "full": [1.5] * 9}
+    found = stability.shares(seconds, [2.0] * 9, every=100, images_every=10)
+    assert found["cheap_share"] == pytest.approx(0.02)
+    assert found["full_share"] == pytest.approx(0.02 + 0.48 / 100 + 2 / 1000)

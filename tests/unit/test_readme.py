@@ -10,7 +10,7 @@ from conftest import compose_config
 
 import bench
 import encode
-from mvsplit.benchmarks import data, depth, memory
+from mvsplit.benchmarks import ablation, data, depth, memory, stability
 from mvsplit.training import run
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.entry import plain_overrides
@@ -31,11 +31,15 @@ def test_every_command_has_a_valid_config(command: list[str]) -> None:
     if script == "bench.py":
         kind = bench.split_command(command[1:])[0]
         config = to_plain(compose_config("paths.output_dir=/x", *overrides[1:], name=f"bench_{kind}.yaml"))
-        check_config(config, {"data": data.Config, "depth": depth.Config, "memory": memory.Config}[kind])
+        check_config(config, {"data": data, "depth": depth, "memory": memory, "stability": stability}[kind].Config)
+        return
+    if script == "report.py":  # has no config
         return
     overrides = [o.split(",")[0] if o.startswith("residual=") else o for o in overrides]  # the first of a sweep
     name = script.replace(".py", ".yaml")
     config = to_plain(compose_config("paths.output_dir=/nowhere", *plain_overrides(overrides), name=name))
+    if script == "ablate.py":
+        check_config(config, ablation.Config)
     if script == "encode.py":
         check_config(config, encode.EncodeConfig)
     if script == "train.py":
@@ -44,7 +48,9 @@ def test_every_command_has_a_valid_config(command: list[str]) -> None:
 
 
 def test_all_kinds_of_commands_are_found() -> None:
-    scripts = {f"src/{name}.py" for name in ("train", "sample", "eval", "encode", "convert", "bench")}
+    scripts = {
+        f"src/{name}.py" for name in ("train", "sample", "eval", "encode", "convert", "bench", "report", "ablate")
+    }
     assert {command[1] for command in COMMANDS} == scripts
     assert len(COMMANDS) > 8
 

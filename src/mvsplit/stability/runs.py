@@ -153,14 +153,15 @@ def read_run(folder: Path) -> Run:
     missing, tables = [], {}
     for name in ("depth", "time_probe"):
         path = folder / "stability" / f"{name}.csv"
+        if not path.exists():
+            missing.append(f"no {name}.csv")
+            continue
         try:
             table = read_table(path, growing=True)
             wrong = {"step", "block"} - table.keys()
             if wrong:
                 raise UserError(f"{path}: no column {min(wrong)}")
             tables[name] = _without_replays(table)
-        except OSError:
-            missing.append(f"no {name}.csv")
         except UserError as error:
             missing.append(str(error))
     return Run(folder, config, _without_replays(trace, unique=True), tables.get("depth", {}),

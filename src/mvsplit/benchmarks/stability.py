@@ -1,0 +1,147 @@
+"""What watching for the mean mode costs: steps without it, with the measures of every step, and with all of them.
+
+One run, in which the three kinds of steps take turns: other load on the machine meets all of them alike.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Gt
+from lightning import LightningModule, Trainer
+from pydantic import PositiveFloat
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mvsplit.callbacks.stability import StabilityProbe
+from mvsplit.callbacks.stability_board import StabilityBoard
+from mvsplit.utils.config import build
+from mvsplit.utils.console import say, show_table
+from mvsplit.utils.rng import Seed
+
+KINDS = ("without", "cheap", "full")
+
+
+@dataclass
+class LimitsConfig:
+    cheap: PositiveFloat
+    full: PositiveFloat
+
+
+@dataclass
+class Config:
+    """Top-level keys of `bench_stability.yaml`."""
+
+    task_name: str
+    ckpt_path: None
+    seed: Seed
+    steps: Annotated[int, Gt(3 * len(KINDS))]
+    limits: LimitsConfig
+    overrides: list[str]
+    paths: Any
+
+
+class Turns(StabilityProbe):
+    """A probe that is off in one step, measures a little in the next and everything in the third; keeps their times."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+
+    def _kind(self, trainer: Trainer) -> str:
+        return KINDS[trainer.global_step % len(KINDS)]
+
+    def _is_full(self, trainer: Trainer) -> bool:
+        return self._kind(trainer) == "full"
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._running, self._begun = self._kind(trainer), time.perf_counter()
+        if self._running != "without":
+            super().on_train_batch_start(trainer, module, batch, batch_idx)
+
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
+        if self._running != "without":
+            super().on_before_backward(trainer, module, loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        if self._running != "without":
+            super().on_before_optimizer_step(trainer, module, optimizer)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        self.seconds[self._running].append(time.perf_counter() - self._begun)
+
+
+class TimedBoard(StabilityBoard):
+    """Draws after each full measurement, and keeps how long that took."""
+
+    def __init__(self, depth_bins: int) -> None:
+        super().__init__(1, depth_bins)
+        self.seconds: list[float] = []
+
+    def _draw(self, trainer: Trainer) -> None:
+        begun = time.perf_counter()
+        super()._draw(trainer)
+        self.seconds.append(time.perf_counter() - begun)
+
+
+def measure(config: dict[str, Any], training: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """All figures, shown, written to `bench_stability.json` and returned.
+
+    Args:
+        training: the checked config of a training run, whose callbacks say how often is measured and drawn.
+    """
+    settings = {name: dict(training["callbacks"][name]) for name in ("stability", "stability_board", "guard")}
+    for node in settings.values():
+        node.pop("_target_", None)
+    probe, board = Turns(**settings["stability"]), TimedBoard(settings["stability_board"]["depth_bins"])
+    callbacks = [probe, board, build(training["callbacks"]["guard"])]
+    loggers = [build(node) for node in training["logger"].values()]
+    off = {"enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    trainer: Trainer = build(training["trainer"] | {"callbacks": callbacks, "logger": loggers} | off)
+    say(f"{config['steps']} steps, in turns {', '.join(KINDS)}")
+    trainer.fit(build(training["module"]), datamodule=build(training["data"]))
+    every, images_every = settings["stability"]["every"], settings["stability_board"]["images_every"]
+    result: dict[str, Any] = {
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
+        **shares(probe.seconds, board.seconds, every, images_every),
+    }
+    result["holds"] = {kind: result[f"{kind}_share"] <= limit for kind, limit in config["limits"].items()}
+    path = output_dir / "bench_stability.json"
+    path.write_text(json.dumps(result, indent=1))
+    show(result, every, images_every, path)
+    return result
+
+
+def shares(seconds: dict[str, list[float]], drawing: list[float], every: int, images_every: int) -> dict[str, float]:
+    """Medians, and what measuring adds to a step as a share of it; the first three turns are left out."""
+    median = {kind: statistics.median(times[3:]) for kind, times in seconds.items()}
+    median["drawing"] = statistics.median(drawing[3:])
+    # Neighbouring steps are compared: the machine is the same for both.
+    cheap = statistics.median(c - w for c, w in zip(seconds["cheap"][3:], seconds["without"][3:], strict=False))
+    full = statistics.median(f - w for f, w in zip(seconds["full"][3:], seconds["without"][3:], strict=False))
+    amortised = cheap + ((full - cheap) + median["drawing"] / images_every) / every
+    return {f"{name}_s": value for name, value in median.items()} | {
+        "cheap_share": cheap / median["without"],
+        "full_share": amortised / median["without"],
+    }
+
+
+def show(result: dict[str, Any], every: int, images_every: int, path: Path) -> None:
+    """The table."""
+    rows = {
+        "a step without": f"{result['without_s']:.3f} s",
+        "with the measures of every step": f"{result['cheap_s']:.3f} s, {100 * result['cheap_share']:+.1f} %",
+        "with all measures": f"{result['full_s']:.3f} s",
+        "drawing": f"{result['drawing_s']:.2f} s",
+        f"together, if all are taken every {every} steps and drawn every {every * images_every}": (
+            f"{100 * result['full_share']:+.1f} %"
+        ),
+    }
+    show_table("What watching costs", rows)
+    show_table("Within the limits", {name: "yes" if held else "NO" for name, held in result["holds"].items()})
+    say(f"figures          {path}")
