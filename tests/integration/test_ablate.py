@@ -16,6 +16,8 @@ import yaml
 
 from mvsplit.training.run import locked
 
+from .conftest import TIMES
+
 Command = Callable[..., list[str]]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -84,11 +86,6 @@ def test_all_runs_are_done_once_and_other_settings_are_refused(ablate: Run, tmp_
     assert [(row["name"], row["question"]) for row in rows] == [("a", "which"), ("b", "which")]
 
     before = stamps(out)
-    again = ablate()
-    assert again.returncode == 0, again.stderr
-    assert "4 runs, 4 of them done" in again.stdout
-    assert stamps(out) == before
-
     other = ablate(more=("optim.lr=0.01",))
     assert other.returncode == 2
     assert "holds the result of other settings (now optim.lr=0.01); give folder=" in other.stderr
@@ -117,7 +114,7 @@ def workers(folder: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL][: 1 + bool(TIMES)], ids=lambda s: s.name)
 def test_an_interrupted_command_goes_on(command: Command, ablate: Run, tmp_path: Path, number: signal.Signals) -> None:
     out, call = tmp_path / "out", command(more=("trainer.max_steps=25",))
     process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -138,7 +135,7 @@ def test_an_interrupted_command_goes_on(command: Command, ablate: Run, tmp_path:
     assert before.items() <= stamps(out).items()
 
 
-def test_a_killed_run_is_told_and_the_others_go_on(command: Command, ablate: Run, tmp_path: Path) -> None:
+def test_a_killed_run_is_told_and_the_others_go_on(command: Command, tmp_path: Path) -> None:
     out, call = tmp_path / "out", command(more=("trainer.max_steps=25",))
     process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     name, pid = next(iter(wait_for(process, lambda: workers(out)).items()))
@@ -147,8 +144,6 @@ def test_a_killed_run_is_told_and_the_others_go_on(command: Command, ablate: Run
     assert process.returncode == 1
     assert f"FAILED           {name}: ended from outside (status -9)" in said
     assert set(RUNS) - set(results(out)) == {name}
-    assert ablate(more=("trainer.max_steps=25",)).returncode == 0
-    assert list(results(out)) == RUNS
 
 
 def test_one_command_at_a_time_works_in_a_folder(ablate: Run, tmp_path: Path) -> None:
@@ -178,22 +173,12 @@ def test_a_run_that_stops_itself_is_a_result_and_a_defect_is_none(ablate: Run, t
     assert "not finite at step" in found["stops/seed_0"]["why"]
     assert "Traceback" in (out / "fails" / "seed_0" / "log.txt").read_text()
     assert "FAILED           fails/seed_0: " in done.stdout
-    again = ablate("seeds=[0]", questions=questions)
-    assert "3 runs, 2 of them done; 1 at once" in again.stdout
-    assert again.returncode == 1
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("only=[c]", "only = ['c']: no such question or variant; allowed are which, a, b"),
-        ("processes=0", "processes = 0: must be greater than 0"),
-    ],
-)
-def test_mistakes_are_told_before_anything_runs(ablate: Run, tmp_path: Path, override: str, message: str) -> None:
-    done = ablate(override)
+def test_mistakes_are_told_before_anything_runs(ablate: Run, tmp_path: Path) -> None:
+    done = ablate("only=[c]")
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "only = ['c']: no such question or variant; allowed are which, a, b" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
