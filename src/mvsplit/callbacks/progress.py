@@ -31,7 +31,7 @@ class StepProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._first_step, self._began, self._last_line = trainer.global_step, time.monotonic(), time.monotonic()
+        self._first_step, self._began, self._last_line = trainer.global_step, time.monotonic(), 0.0
         out = console()
         if self._enabled and out.is_terminal:
             self._bar = Progress(
@@ -52,15 +52,16 @@ class StepProgress(ProgressBar):
     ) -> None:
         if not self._enabled:
             return
+        now, done = time.monotonic(), trainer.global_step - self._first_step
+        if done == 1:
+            self._began = now  # the first step, which may compile, says nothing about the others
         if self._bar:
             self._bar.update(self._task, completed=trainer.global_step, metrics=self._metrics(trainer, module))
-        elif time.monotonic() - self._last_line > self.line_every_s:
-            self._last_line = time.monotonic()
-            done = trainer.global_step - self._first_step
-            if done:
-                left = (self._last_line - self._began) / done * (trainer.max_steps - trainer.global_step)
-                metrics = self._metrics(trainer, module)
-                say(f"step {trainer.global_step}/{trainer.max_steps}  {metrics}  about {left:.0f} s left")
+        elif done > 3 and now - self._last_line > self.line_every_s:  # the first line soon: how long it will take
+            self._last_line = now
+            left = (now - self._began) / (done - 1) * (trainer.max_steps - trainer.global_step)
+            metrics = self._metrics(trainer, module)
+            say(f"step {trainer.global_step}/{trainer.max_steps}  {metrics}  about {left:.0f} s left")
 
     def _metrics(self, trainer: Trainer, module: LightningModule) -> str:
         metrics = self.get_metrics(trainer, module)
