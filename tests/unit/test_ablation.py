@@ -44,9 +44,9 @@ def test_no_two_variants_are_the_same() -> None:
 
 def test_the_questions_are_those_announced() -> None:
     questions = CONFIG["questions"]
-    assert list(questions) == ["residuals", "split_or_gain", "initialisation_or_schedule"]
-    assert [len(members) for members in questions.values()] == [12, 18, 7]
-    assert len(VARIANTS) == 12 + 18 + 7 - 2  # mvsplit and post_norm stand under two questions
+    assert list(questions) == ["residuals", "split_or_gain", "initialisation_or_schedule", "where_they_part"]
+    assert [len(members) for members in questions.values()] == [12, 18, 7, 6]
+    assert len(VARIANTS) == 12 + 18 + 7 + 6 - 2  # mvsplit and post_norm stand under two questions
 
 
 def test_the_first_seed_of_all_variants_comes_first() -> None:
