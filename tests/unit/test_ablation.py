@@ -82,7 +82,7 @@ def test_names_must_be_folders_and_mean_one_thing(questions: dict[str, Any], mes
 
 def test_the_report_is_told_of_all_variants_and_their_questions() -> None:
     rows = ablation.describe(CONFIG["questions"])["variants"]
-    assert len(rows) == 37
+    assert len(rows) == 43
     assert [row["question"] for row in rows if row["name"] == "mvsplit"] == ["residuals", "split_or_gain"]
     assert rows[0] == {"name": "post_norm", "question": "residuals", "overrides": ["residual=post_norm"]}
 

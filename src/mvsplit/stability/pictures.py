@@ -56,7 +56,7 @@ DEPTH = (
              " from one step on."),
     Quantity("token_cosine", "Token cosine similarity", "mean cosine of two tokens", False,
              lambda t: column(t, "token_cosine"), "At 1 a block's tokens all point the same way."),
-    Quantity("g_ratio", "Writer gradients, mean-coherent over centred", "G_mean / G_ctr", True, g_ratio,
+    Quantity("g_ratio", "Writer gradients, G_mean over G_ctr", "G_mean / G_ctr", True, g_ratio,
              "Above 1, what all tokens share outweighs what they differ in, in the gradient of W_O and W_2 (eq. 5)."),
     Quantity("q_grad", "Gradient of the query projections", "‖∂L/∂W_Q‖", True, lambda t: column(t, "q_grad"),
              "Dark from some step on: attention no longer learns."),
