@@ -234,7 +234,9 @@ class Signs:
         streaks = self.history.streaks
         if self._loss_is_well():
             return None
+        # Tokens differ: but not if rho says that those of many samples do not, though the mean cosine is below 1.
         lively = bool(streaks["shape"].seen) and not streaks["shape"].seen[-1][1]
+        lively = lively and self.row.get("rho", 0.0) < self.t.rho_dead
         for name, why in (
             ("shape", f"tokens are all alike (threshold {self.t.cosine_dead:g}, or rho {self.t.rho_dead:g})"),
             ("ratio", f"nothing but the mean-coherent part is left (threshold {self.t.ratio_dead:g})"),
