@@ -219,7 +219,7 @@ def test_dead_where_only_some_samples_tokens_are_alike() -> None:
     """As a laptop run of 200 blocks ended: mean cosine 0.86, rho 2e6, no gradient left for Q."""
     trace = rows(healthy(0, 300))
     last = trace[-1][1]
-    gone = {"token_cosine": 0.86, "rho": 2e6, "q_grad": 1e-5 * last["q_grad"], "loss": 1.2 * last["loss"]}
+    gone = {"token_cosine": 0.86, "rho": 2e6, "q_grad": 1e-5 * last["q_grad"], "loss": 0.85 * trace[0][1]["loss"]}
     trace += [(300 + i, last | gone) for i in range(40)]
     found = judge(trace)
     assert kinds(found)[-1] == "dead"
