@@ -37,9 +37,9 @@ lowest value until then.
 - **alive**: everything else.
 
 Final loss: mean of the last 20 steps. Token cosine, ρ, Q gradient and G_mean/G_ctr: mean of the last 5 measured \
-steps, over the watched deep blocks. The Q gradient's healthy median is that of the first half of the steps after the \
-warm-up, without those with a token cosine above {TOKENS_ALIKE:g}. Cells show mean ± standard deviation over seeds \
-(lowest…highest); means of ρ, Q gradient and G_mean/G_ctr are geometric.
+steps, over the watched deep blocks. The Q gradient's healthy median is that of the steps from the middle of the \
+warm-up to the middle of what follows, without those with a token cosine above {TOKENS_ALIKE:g}. Cells show mean ± \
+standard deviation over seeds (lowest…highest); means of ρ, Q gradient and G_mean/G_ctr are geometric.
 """
 
 
@@ -92,7 +92,7 @@ def outcome(run: Run, step: int) -> Outcome:
     end = int(steps[-1])
     after = min(int(run.setting("optim.warmup_steps", 0)), end // 2)
     late = {name: mean(column[np.isfinite(column)][-5:]) for name, column in trace.items()}
-    healthy = (steps >= after) & (steps <= (after + end) / 2) & ~(cosine > TOKENS_ALIKE)
+    healthy = (steps >= after / 2) & (steps <= (after + end) / 2) & ~(cosine > TOKENS_ALIKE)
     measured = trace["q_grad"][healthy & np.isfinite(trace["q_grad"])]
     usual_q = float(np.median(measured)) if len(measured) else math.nan
 
