@@ -112,9 +112,10 @@ def workers(folder: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL][: 1 + bool(TIMES)], ids=lambda s: s.name)
+@pytest.mark.skipif(not TIMES, reason="long: MVSPLIT_FAULTS=1")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_an_interrupted_command_goes_on(command: Command, ablate: Run, tmp_path: Path, number: signal.Signals) -> None:
-    out, call = tmp_path / "out", command(more=("trainer.max_steps=25",))
+    out, call = tmp_path / "out", command(more=("trainer.max_steps=100",))
     process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(process, lambda: results(out) and workers(out))
     pids = list(workers(out).values())
@@ -126,7 +127,7 @@ def test_an_interrupted_command_goes_on(command: Command, ablate: Run, tmp_path:
     assert not workers(out)
     before = stamps(out)
     assert 0 < len(before) < len(RUNS)
-    done = ablate(more=("trainer.max_steps=25",))
+    done = ablate(more=("trainer.max_steps=100",))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"4 runs, {len(before)} of them done" in done.stdout
     assert list(results(out)) == RUNS
