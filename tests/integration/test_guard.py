@@ -19,7 +19,7 @@ from mvsplit.callbacks.stability import StabilityProbe
 from mvsplit.training.shards import held_optimizer, held_weights, slices_of
 from mvsplit.utils.errors import AgreedError, UserError
 
-from .conftest import differences
+from .conftest import TIMES, differences
 
 WORKER = Path(__file__).with_name("guard_worker.py")
 Run = Callable[..., dict[str, Any]]
@@ -207,7 +207,7 @@ def test_a_guard_without_its_probe_is_refused(train_here: Any, monkeypatch: pyte
         train_here()
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"][: 1 + bool(TIMES)])
 def test_two_processes_skip_and_roll_back(data_dir: Path, tmp_path: Path, strategy: str) -> None:
     command = [sys.executable, str(WORKER), str(tmp_path), f"paths.data_dir={data_dir}", f"trainer={strategy}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def test_an_unknown_benchmark_is_told_in_one_line() -> None:
     assert bench.split_command(["bench.py", "-m", "data", "rounds=1"]) == ("data", ["bench.py", "-m", "rounds=1"])
 
 
+@pytest.mark.skipif("MVSPLIT_FAULTS" not in os.environ, reason="long: MVSPLIT_FAULTS=1")
 def test_depth_is_measured_by_real_runs(run_script: Run, data_dir: Path, tmp_path: Path) -> None:
     tiny = ["depths=[2,4]", "steps=3", "rounds=1", f"paths.data_dir={data_dir}"]
     done = run_script("bench.py", "depth", *tiny)
