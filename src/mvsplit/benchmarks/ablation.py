@@ -36,6 +36,7 @@ from mvsplit.training.run import Paths, locked
 from mvsplit.utils.config import build
 from mvsplit.utils.console import progress, say, show_table
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.processes import serve_parent
 from mvsplit.utils.rng import Seed
 from mvsplit.utils.runs import PROJECT_ROOT
 
@@ -256,15 +257,7 @@ def _terminable() -> Iterator[None]:
 
 def _work(job: Job, config: dict[str, Any], train: Train) -> None:
     """One run, from its empty folder to its result."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_it() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_it, daemon=True).start()
+    serve_parent()
     log = (job.folder / "log.txt").open("w", buffering=1)
     os.dup2(log.fileno(), 1)  # what compilers and libraries print goes there too
     os.dup2(log.fileno(), 2)

@@ -9,6 +9,7 @@ from pydantic import PositiveInt
 
 from mvsplit.callbacks.stability import StabilityProbe
 from mvsplit.stability.figures import heatmap_image, profile_image
+from mvsplit.stability.outcomes import mean
 from mvsplit.stability.pictures import DEPTH, grid
 from mvsplit.stability.traces import read_table
 from mvsplit.utils.errors import UserError
@@ -84,12 +85,9 @@ class StabilityBoard(Callback):
         for quantity in DEPTH:
             values = quantity.of({"step": np.zeros(len(blocks)), **columns})
             for i in range(self.depth_bins):
-                chosen = values[(part == i) & np.isfinite(values) & ((values > 0) | (not quantity.log))]
-                if len(chosen):
-                    mean = np.exp(np.log(chosen).mean()) if quantity.log else chosen.mean()
-                    name = f"{quantity.name}_depth_{i / self.depth_bins:.2f}-{(i + 1) / self.depth_bins:.2f}"
-                    means[name] = float(mean)
-        return means
+                name = f"{quantity.name}_depth_{i / self.depth_bins:.2f}-{(i + 1) / self.depth_bins:.2f}"
+                means[name] = mean(values[part == i], geometric=quantity.log)
+        return {name: value for name, value in means.items() if not np.isnan(value)}
 
     def _draw(self, trainer: Trainer) -> None:
         path: Path = self._probe.folder / "depth.csv"

@@ -10,8 +10,6 @@ import io
 import json
 import multiprocessing
 import os
-import signal
-import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,6 +38,7 @@ from mvsplit.data.shards import write_shard
 from mvsplit.utils.config import build
 from mvsplit.utils.console import progress, say
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.processes import serve_parent
 
 VERSION = 1
 Set = Literal["train", "val"]
@@ -404,15 +403,7 @@ def _share_out(job: Job, tasks: list[Task], tell: Tell) -> None:
 
 def _serve(connection: Connection, job: Job, number: int) -> None:
     """A process: ask for shards and make them, until there are none or the main process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_it() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_it, daemon=True).start()
+    serve_parent()
     try:
         maker = Maker(job, number)
         connection.send(None)
