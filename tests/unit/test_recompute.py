@@ -158,9 +158,7 @@ def test_peaks_are_as_computed() -> None:
     """Everything alive during a step, against the formula from one block's measured bytes."""
     x = torch.randn(64, 10, 32, requires_grad=True)
     made = network(width=32, depth=24)
-    _, a = saved_bytes(
-        lambda: made.blocks[0](x, made.cos, made.sin, made.segments), made.blocks[0], (made.cos, made.sin)
-    )
+    _, a = saved_bytes(lambda: made.blocks[0](x, *made.rope_tables, made.segments), made.blocks[0], made.rope_tables)
     c = x.nbytes
     assert 20 * c < a < 30 * c
     for schedule in (

@@ -9,6 +9,9 @@ J takes the mean of each segment, P = I − J. With r the reciprocal root mean s
 
     dX = Δ − α⊙Δ̄     dF = β⊙Δ + (α − β)⊙Δ̄     dα = Σ Δ⊙(F̄ − X̄)     dβ = Σ Δ⊙(F − F̄)
 
+Everything is computed in float32 at least, whatever the types of X, F and the gains; X' has X's type. A thousand blocks
+round the trunk two thousand times if it is kept in bfloat16, and those errors add up: see `DiT`'s argument `trunk`.
+
 `merge_norm_reference` is what `MergeNorm` must equal; the tests hold them together in float64.
 """
 
@@ -21,6 +24,11 @@ from torch.nn import functional as F
 
 Segments = tuple[int, ...]
 """Lengths of the consecutive token segments, e.g. (image tokens, context tokens); they add up to T."""
+
+
+def upcast(x: Tensor) -> Tensor:
+    """The same numbers in float32, or in float64 if x is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def segment_mean(x: Tensor, segments: Segments, dtype: torch.dtype | None = None) -> Tensor:
@@ -45,8 +53,8 @@ def merge_norm_reference(
     x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments, eps: float
 ) -> Tensor:
     """RMSNorm(Z), differentiated by autograd."""
-    z = merge_reference(x, update, alpha, beta, segments)
-    return F.rms_norm(z, (z.shape[-1],), eps=eps)
+    z = merge_reference(upcast(x), upcast(update), upcast(alpha), upcast(beta), segments)
+    return F.rms_norm(z, (z.shape[-1],), eps=eps).to(x.dtype)
 
 
 class MergeNorm(torch.autograd.Function):
@@ -56,35 +64,34 @@ class MergeNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments, eps: float
     ) -> Tensor:
-        mean_update, mean_x = segment_mean(update, segments, x.dtype), segment_mean(x, segments)  # (B, S, D)
-        z = torch.addcmul(x, beta, update)
+        ctx.types = x.dtype, update.dtype, alpha.dtype, beta.dtype
+        alpha, beta = upcast(alpha), upcast(beta)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean_update, mean_x = segment_mean(update, segments, wide), segment_mean(x, segments, wide)  # (B, S, D)
+        z = torch.addcmul(x, beta, update)  # in the widest of the three types
         _add_rows(z, (alpha - beta) * mean_update - alpha * mean_x, segments)
         r = (z.square().mean(-1, keepdim=True) + eps).rsqrt()  # (B, T, 1)
         ctx.save_for_backward(z, r, update, mean_update, mean_x, alpha, beta)
-        ctx.segments, ctx.x_dtype = segments, x.dtype
-        return z * r
+        ctx.segments = segments
+        return (z * r).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         z, r, update, mean_update, mean_x, alpha, beta = ctx.saved_tensors
         segments = ctx.segments
+        g = g.to(z.dtype)
         inner = (g * z).mean(-1, keepdim=True)  # ⟨g, Z⟩/D
         delta = torch.addcmul(r * g, z, r**3 * inner, value=-1)
         mean_delta = segment_mean(delta, segments)  # (B, S, D)
-        sum_delta = mean_delta * mean_delta.new_tensor(segments)[:, None]  # over each segment's tokens
+        # Over each segment's tokens. A tensor of these numbers would have to be copied to a GPU, which waits for it.
+        sum_delta = torch.stack([row * n for row, n in zip(mean_delta.unbind(1), segments, strict=True)], dim=1)
         d_alpha = (sum_delta * (mean_update - mean_x)).sum((0, 1))
         d_beta = (delta * update).sum((0, 1)) - (sum_delta * mean_update).sum((0, 1))
         d_update = _add_rows(beta * delta, (alpha - beta) * mean_delta, segments)
         d_x = _add_rows(delta, -alpha * mean_delta, segments)
-        return (
-            d_x.to(ctx.x_dtype),
-            d_update.to(update.dtype),
-            d_alpha.to(alpha.dtype),
-            d_beta.to(beta.dtype),
-            None,
-            None,
-        )
+        gradients = zip((d_x, d_update, d_alpha, d_beta), ctx.types, strict=True)
+        return *(gradient.to(dtype) for gradient, dtype in gradients), None, None
 
 
 def _add_rows(x: Tensor, rows: Tensor, segments: Segments) -> Tensor:
@@ -101,7 +108,7 @@ def merge_norm(x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments:
         x, update: (B, T, D). alpha, beta: (D,). segments: lengths adding up to T. eps: the norm's ε.
 
     Returns:
-        (B, T, D), in the type that x, update and the gains promote to.
+        (B, T, D), in x's type.
     """
     out: Tensor = MergeNorm.apply(x, update, alpha, beta, segments, eps)
     return out

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D width, H heads, E head dimension (D/H).
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mvsplit.kernels.merge_norm import upcast
 from mvsplit.models.layers import Linear, rms_norm
 from mvsplit.models.rope import apply_rope
 
@@ -26,10 +27,13 @@ class Attention(nn.Module):
         self.proj = Linear(width, width, std=writer_std)
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, turned and normalised, and values, (B, H, T, E) each, of what `qkv` gave, (B, T, 3·D)."""
+        """Queries and keys, turned and normalised, and values, (B, H, T, E) each, of what `qkv` gave, (B, T, 3·D).
+
+        RoPE and QK-norm are computed in float32 at least; the results have the type of `qkv`.
+        """
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, E)
         qk = qkv[:, :, :2].permute(2, 0, 3, 1, 4).flatten(0, 1)  # (2B, H, T, E): one pass for both
-        q, k = rms_norm(apply_rope(qk, cos, sin), self.qk_eps).chunk(2)
+        q, k = rms_norm(apply_rope(upcast(qk), cos, sin), self.qk_eps).to(qkv.dtype).chunk(2)
         return q, k, qkv[:, :, 2].transpose(1, 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

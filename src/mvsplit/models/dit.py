@@ -10,14 +10,14 @@ from its input (paper: a linear probe on the image-token mean predicts t with R�
 import os
 import shutil
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Len
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, is_grad_enabled, nn
 
-from mvsplit.kernels.merge_norm import Segments
+from mvsplit.kernels.merge_norm import Segments, upcast
 from mvsplit.models.attention import Attention
 from mvsplit.models.conditioning import Context
 from mvsplit.models.layers import Linear, SwiGLU, rms_norm
@@ -87,6 +87,10 @@ class DiT(nn.Module):
         rope_theta: base of the rotary frequencies. eps: ε of the input norms. qk_eps: ε of the QK-norm.
         checkpointing: which blocks' activations are computed again in the backward pass; None keeps everything.
         compile: compile a block, once for all of them; the whole network would take hours at a thousand.
+        trunk: type of the trunk between two merges. `float32`: the error of bfloat16 weights or autocast then does not
+            grow with depth. `compute`: that of the branches, as in the paper's kernels; each merge rounds it, and
+            two thousand roundings are a random walk. Merges, norms, token means, RoPE and QK-norm are computed in
+            float32 either way, branches and their matrix products in the type of the weights or of autocast.
 
     Raises:
         ValueError: naming the key, for sizes that do not fit together.
@@ -108,10 +112,11 @@ class DiT(nn.Module):
         qk_eps: PositiveFloat = 1e-6,
         checkpointing: Checkpointing | None = None,
         compile: bool = False,
+        trunk: Literal["float32", "compute"] = "float32",
     ) -> None:
         self.check(image_size, patch_size, width, num_heads, compile)
         super().__init__()
-        self.patch_size, self.channels, self.eps = patch_size, channels, eps
+        self.patch_size, self.channels, self.eps, self.trunk = patch_size, channels, eps, trunk
         self.checkpointing = checkpointing or Checkpointing()
         self.rows, self.columns = image_size[0] // patch_size, image_size[1] // patch_size
         self.input_shape = (channels, *image_size)
@@ -128,9 +133,10 @@ class DiT(nn.Module):
         self.normalise_output = not block.residual2.normalises_output
         # Not stated in the paper: we start from a zero velocity, as diffusion transformers commonly do.
         self.final_proj = Linear(width, patch_dim, bias=True, std=0)
-        cos, sin = rope_table(self.rows, self.columns, width // num_heads, rope_theta, self.context.num_tokens)
-        self.register_buffer("cos", cos, persistent=False)  # (T, D/H)
-        self.register_buffer("sin", sin, persistent=False)
+        tables = rope_table(self.rows, self.columns, width // num_heads, rope_theta, self.context.num_tokens)
+        # As integers, (2, T, D/H): `network.bfloat16()` and its like round buffers of floats and leave these alone.
+        self.rope: Tensor
+        self.register_buffer("rope", torch.stack(tables).view(torch.int32), persistent=False)
 
     @staticmethod
     def check(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: bool) -> None:
@@ -149,6 +155,12 @@ class DiT(nn.Module):
                 "model.compile = True: needs a C++ compiler, and there is no g++ or clang++; allowed is false"
             )
 
+    @property
+    def rope_tables(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `rope_table`, (T, D/H) each, float32."""
+        cos, sin = self.rope.view(torch.float32).unbind()
+        return cos, sin
+
     def forward(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Velocity at z.
 
@@ -159,11 +171,12 @@ class DiT(nn.Module):
         Returns:
             (B, C, height, width).
         """
-        patches = patchify(z, self.patch_size).to(self.patch_proj.weight.dtype)  # solvers keep z in float32
-        image = rms_norm(self.patch_proj(patches), self.eps)  # (B, I, D)
-        context = rms_norm(self.context(condition), self.eps).to(image.dtype)  # (B, S, D)
-        x = torch.cat([image, context], dim=1)  # (B, T, D)
-        x = self.checkpointing.run(self.blocks, x, self.cos, self.sin, self.segments)
+        image = self.patch_proj(patchify(z, self.patch_size))  # (B, I, D)
+        entries = (upcast(image), upcast(self.context(condition)))  # (B, I, D), (B, S, D)
+        x = torch.cat([rms_norm(tokens, self.eps) for tokens in entries], dim=1)  # (B, T, D)
+        if self.trunk == "compute":
+            x = x.to(image.dtype)
+        x = self.checkpointing.run(self.blocks, x, *self.rope_tables, self.segments)
         x = x[:, : self.segments[0]]  # (B, I, D)
         if self.normalise_output:
             x = rms_norm(x, self.eps)

@@ -38,6 +38,8 @@ def normal_like(parameter: Tensor, std: float) -> Tensor:
 class Linear(nn.Linear):
     """Linear map whose weight is drawn from N(0, std²); biases start at zero.
 
+    It computes in its weight's type, whatever the type of its input; under autocast in the type that autocast chooses.
+
     Args:
         std: standard deviation of the initial weight; None means `standard_std`, 0 gives exact zeros.
     """
@@ -56,6 +58,9 @@ class Linear(nn.Linear):
             self.weight.copy_(normal_like(self.weight, self.init_std))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if torch.is_autocast_enabled(x.device.type) else x.to(self.weight.dtype))
 
 
 class SwiGLU(nn.Module):

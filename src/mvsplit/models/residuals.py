@@ -7,7 +7,8 @@ any of them can be tried in any transformer. `segments` are the lengths of conse
 context tokens); residuals that do not look at token means ignore them. Notation: J is the token mean of each
 segment, P = I − J, RMSNorm has no weights, ⊙ is per channel.
 
-A subclass takes the base's arguments too (`**common`).
+A subclass takes the base's arguments too (`**common`). Its `merge` sees trunk and update in float32 at least, whatever
+types they and the gains have, and the next trunk has the type of the last: what rounds is chosen by the network alone.
 
 Each residual also says how the branch's last matrix (its "writer": W_O, W_2) starts:
 
@@ -22,7 +23,7 @@ from annotated_types import Gt, Lt
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from mvsplit.kernels.merge_norm import Segments, merge_norm, merge_reference, segment_mean, spread
+from mvsplit.kernels.merge_norm import Segments, merge_norm, merge_reference, segment_mean, spread, upcast
 from mvsplit.models.layers import rms_norm, standard_std
 
 WriterInit = Literal["zero", "normal", "standard", "deepnorm"]
@@ -74,13 +75,13 @@ class Residual(nn.Module):
         return x
 
     def merge(self, x: Tensor, update: Tensor, segments: Segments) -> Tensor:
-        """The merged trunk Z, before the norm. x, update: (B, T, D). Returns (B, T, D)."""
+        """The merged trunk Z, before the norm. x, update: (B, T, D), float32 at least. Returns (B, T, D)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, update: Tensor, segments: Segments) -> Tensor:
-        """The next trunk. x, update: (B, T, D); segments add up to T. Returns (B, T, D)."""
-        z = self.merge(x, update, segments)
-        return rms_norm(z, self.eps) if self.normalises_output else z
+        """The next trunk. x, update: (B, T, D); segments add up to T. Returns (B, T, D) in x's type."""
+        z = self.merge(upcast(x), upcast(update), segments)
+        return (rms_norm(z, self.eps) if self.normalises_output else z).to(x.dtype)
 
     def gain(self, value: Gain, width: int | None = None) -> nn.Parameter:
         """A trainable gain per channel, (width or D,), starting at `value` everywhere."""

@@ -42,7 +42,7 @@ class Taps:
     """Measures of chosen blocks, over the micro-batches of a step.
 
     Args:
-        network: has `blocks`, and the tables `cos` and `sin` of their attention.
+        network: has `blocks`, and `rope_tables` for their attention.
         attention_samples: samples of a micro-batch whose attention matrices are looked at.
 
     Attributes:
@@ -132,7 +132,7 @@ class Taps:
 
     def _after_qkv(self, number: int, attention: Any) -> Callable[..., Any]:
         def record(grad: Tensor, qkv: Tensor) -> None:
-            q, k, v = attention.heads(qkv[: self.attention_samples], self.network.cos, self.network.sin)
+            q, k, v = attention.heads(qkv[: self.attention_samples], *self.network.rope_tables)
             a = measures.attention_matrix(q, k)
             diversity = measures.row_diversity(a)
             self._add(number, mu_eff=measures.mu_eff(a), retention=measures.retention(a, v), row_diversity=diversity)
