@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -108,7 +107,8 @@ class FSDP2(_Sharded, ModelParallelStrategy):
     """Lightning's fully-sharded strategy; blocks are sharded in groups, which costs the host less than one by one.
 
     With `trainer.precision=bf16-mixed` the shards are float32, so that optimiser and average work on them; each group
-    is gathered and computed in bf16, and its gradients are added up over the ranks in float32.
+    is gathered in bf16, and its gradients are added up over the ranks in float32. What a group is given keeps its type:
+    the network says itself what is computed in bf16 and what is not (the trunk).
 
     Args:
         blocks_per_group: blocks gathered together.
@@ -132,7 +132,8 @@ class FSDP2(_Sharded, ModelParallelStrategy):
         self.precision_plugin = ShardedPrecision(precision)
         self.policy = MixedPrecisionPolicy()
         if precision == "bf16-mixed":
-            self.policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            types = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+            self.policy = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -166,8 +167,14 @@ class FSDP2(_Sharded, ModelParallelStrategy):
         left = [block for block in blocks_of(network) if not isinstance(block, FSDPModule)]
         for first in range(0, len(left), self.blocks_per_group):
             self._shard(left[first : first + self.blocks_per_group])
-        self.policy = replace(self.policy, output_dtype=torch.float32)  # blocks hand the trunk on as it is
         self._shard(network)
+
+
+class ZeRO3Precision(DeepSpeedPrecision):
+    """Precision of ZeRO-3. Batches keep their type; Lightning's own plug-in rounds images to that of the weights."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
 
 
 class ZeRO3(_Sharded, DeepSpeedStrategy):
@@ -204,6 +211,7 @@ class ZeRO3(_Sharded, DeepSpeedStrategy):
         Offload(offload_optimizer, offload_parameters, nvme_path)
 
     def setup_environment(self) -> None:
+        self.precision_plugin = ZeRO3Precision(self.precision_plugin.precision)  # type: ignore[arg-type]
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_environment()
             return

@@ -152,6 +152,10 @@ def deepspeed_config(offload: Offload) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # torch's AdamW, element by element, is the same on a shard
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled at the first start
         "train_micro_batch_size_per_gpu": 1,  # only used by DeepSpeed's own throughput log
+        # Gradients of bf16 weights are averaged over ranks and added up over micro-batches in float32: in bf16 each sum
+        # would round to 8 bits.
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
     }
     if offload.uses_nvme:
         for part in ("offload_optimizer", "offload_param"):
