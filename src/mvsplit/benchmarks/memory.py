@@ -133,7 +133,7 @@ def show(result: dict[str, Any], job: Job, planned: Plan, config: dict[str, Any]
         "optimiser state": f"{gib['optimizer']:8.2f} GiB",
         "average (EMA)": f"{gib['average']:8.2f} GiB",
         "activations": f"{gib['activations']:8.2f} GiB   {planned.schedule.describe(job.depth)}",
-        "buffers": f"{gib['buffers']:8.2f} GiB   weights gathered, gradients on their way",
+        "buffers": f"{gib['buffers']:8.2f} GiB   weights gathered, gradients on their way, measures",
         "while stepping": f"{gib['step']:8.2f} GiB   instead of activations",
         "worst moment": f"{gib['total']:8.2f} GiB   {planned.moment}",
     }

@@ -43,7 +43,7 @@ class States:
 
 STATES = {
     ("zero3", 4): States(4, 4, 4 + 8, 4, 4 + 4),  # its master weights are a second copy, and step on flat gradients
-    ("zero3", 2): States(2, 2, 4 + 8, 4, 4 + 4),  # gradients are kept in the parameters' type
+    ("zero3", 2): States(2, 4, 4 + 8, 4, 4 + 4),  # gradients are added up in float32
     ("fsdp2", 4): States(4, 4, 8, 4, 4),
     ("ddp", 4): States(4, 4, 8, 4, 4),
     ("ddp", 2): States(2, 2, 4, 4, 4),
@@ -71,6 +71,8 @@ class Job:
     compute_bytes: int
     autocast: bool
     average: bool
+    measured: int
+    """Blocks whose writers' gradients are measured at once."""
     on_cpu: bool
 
     def at(self, **changes: Any) -> "Job":
@@ -104,7 +106,8 @@ def read_job(config: dict[str, Any]) -> Job:
         raise UserError(f"trainer.precision = {precision}: with this strategy the planner knows {', '.join(known)}")
     half = "16" in precision and (zero3 or "true" in precision)
     policy = names[name] == "fsdp2" and "16" in precision  # computes in bf16 with float32 shards
-    callbacks = [node["_target_"] for node in (config["callbacks"] or {}).values() if node]
+    callbacks = {node["_target_"].rpartition(".")[2]: node for node in (config["callbacks"] or {}).values() if node}
+    probe = callbacks.get("StabilityProbe")
     return Job(
         model=model,
         sizes=count_parameters(model),
@@ -117,7 +120,8 @@ def read_job(config: dict[str, Any]) -> Job:
         weight_bytes=2 if half else 4,
         compute_bytes=2 if half or policy else 4,
         autocast="mixed" in precision and not zero3 and not policy,
-        average=any(target.endswith(".EMA") for target in callbacks),
+        average="EMA" in callbacks,
+        measured=(probe["blocks"] if probe["every"] else probe["watched"]) if probe else 0,
         on_cpu=trainer["accelerator"] == "cpu",
     )
 
@@ -150,10 +154,11 @@ def _buffers(job: Job, recomputed: int) -> Buffers:
     block = job.sizes.block * job.compute_bytes
     if job.strategy == "zero3":
         settings = zero_settings(ZeroSizes(job.sizes.block, recomputed), job.options["prefetch_blocks"])
-        bucket = settings["reduce_bucket_size"] * job.weight_bytes
-        # DeepSpeed gathers as far ahead as it may: what it may hold is what it holds. Then a block's gradients, twice.
+        bucket = settings["reduce_bucket_size"] * 4
+        # DeepSpeed gathers as far ahead as it may: what it may hold is what it holds. Then a block's gradients, in the
+        # weights' type and in float32.
         live = min(settings["stage3_max_live_parameters"], job.sizes.total) * job.weight_bytes
-        return Buffers(always=bucket, forward=live, backward=live + 2 * block)
+        return Buffers(always=bucket, forward=live, backward=live + block + job.sizes.block * 4)
     if job.strategy == "fsdp2":
         gathered = min(job.depth, job.options["blocks_per_group"])
         group = gathered * block  # with a flat copy while it is gathered; then its gradients, and flat in float32
@@ -187,12 +192,13 @@ class Plan:
 
 
 def _moments(
-    job: Job, made: Activations, schedule: Schedule, buffers: Buffers, gradients: int, inputs: int
+    job: Job, made: Activations, schedule: Schedule, buffers: Buffers, gradients: int, inputs: int, measures: int
 ) -> dict[str, int]:
     """Bytes of gradients, activations and gathered weights where one of them is at its most.
 
     Args:
-        gradients: of all parameters. inputs: of the recomputed groups, as far as they stay on the device.
+        gradients: of all parameters. inputs: of the recomputed groups, as far as they stay on the device. measures:
+            what `callbacks.stability` holds at the end of the backward pass.
     """
     kept, group = job.depth - schedule.recomputed, schedule.largest_group
     # Lightning gives the last step's gradients up between forward and backward, unless they are to be added to.
@@ -204,7 +210,7 @@ def _moments(
         ),
         "start of the backward pass": (max(kept, group), stay + inputs + made.working + buffers.forward),
         "first gradients": (max(kept - buffers.gathered, group), stay + inputs + made.working + buffers.backward),
-        "end of the backward pass": (max(min(1, kept), group), gradients + made.working + buffers.backward),
+        "end of the backward pass": (max(min(1, kept), group), gradients + measures + made.working + buffers.backward),
     }
     return {moment: count * made.block + other + made.around for moment, (count, other) in blocks.items()}
 
@@ -236,7 +242,9 @@ def plan(job: Job, made: Activations | None = None) -> Plan:
         # Autograd keeps a view of each weight for the backward pass, and with it what was gathered. Recomputed blocks
         # have that for one group at a time; others are as if they were not sharded, until their backward pass.
         made = replace(made, block=made.block + job.sizes.block * job.weight_bytes)
-    moments = _moments(job, made, schedule, buffers, gradients, inputs)
+    # Two matrices in float32 for each writer, from its backward pass until the gradient is complete.
+    measures = 2 * 4 * min(job.measured, job.depth) * job.sizes.writers
+    moments = _moments(job, made, schedule, buffers, gradients, inputs, measures)
     moments["optimiser step"] = gradients + step
     moment = max(moments, key=lambda name: moments[name])
     return Plan(
@@ -245,7 +253,7 @@ def plan(job: Job, made: Activations | None = None) -> Plan:
         optimizer=optimizer,
         average=average,
         activations=inputs + max(job.depth - schedule.recomputed, schedule.largest_group) * made.block + made.around,
-        buffers=buffers.always + max(buffers.forward, buffers.backward),
+        buffers=buffers.always + max(buffers.forward, buffers.backward + measures),
         step=step,
         total=parameters + optimizer + average + buffers.always + moments[moment],
         moment=moment,

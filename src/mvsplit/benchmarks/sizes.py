@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvsplit.flow.objective import velocity_loss
 from mvsplit.models.recompute import saved_bytes
+from mvsplit.stability.taps import WRITERS
 from mvsplit.utils.config import build
 
 
@@ -26,6 +27,8 @@ class Sizes:
 
     total: int
     block: int
+    writers: int
+    """Of a block's two writers."""
 
     def at_depth(self, depth: int, change_to: int) -> "Sizes":
         return replace(self, total=self.total + (change_to - depth) * self.block)
@@ -35,8 +38,10 @@ def count_parameters(model: dict[str, Any]) -> Sizes:
     """Of a checked `model` node, built on the meta device."""
     with torch.device("meta"):
         network = build(model)()
-    count = [sum(p.numel() for p in part.parameters()) for part in (network, network.blocks[0])]
-    return Sizes(*count)
+    block = network.blocks[0]
+    writers = [block.get_submodule(name) for name, _ in WRITERS.values()] if hasattr(block, "attention") else []
+    parts = [network, block, nn.ModuleList(writers)]
+    return Sizes(*(sum(p.numel() for p in part.parameters()) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def measure_activations(model: dict[str, Any], batch: int, dtype: torch.dtype, a
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         network = build(model | {"depth": 1} | ({"checkpointing": None} if "checkpointing" in model else {}))()
-        image = torch.zeros(batch, *network.input_shape)
+        image = torch.zeros(batch, *network.input_shape, dtype=torch.float32)  # batches keep their type
         null = getattr(network.context, "null", None)
         condition = torch.zeros(batch, dtype=torch.long) if null is None else null.expand(batch, -1, -1)
         seen: list[Any] = []

@@ -97,6 +97,7 @@ class StabilityProbe(Callback):
         self._taps.detach()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         table = self._taps.read(self._micro_batches, scaler.get_scale() if scaler is not None else 1.0)
+        self._taps.writers.clear()  # their memory is the optimiser step's
         self._micro_batches = 0
         for (block, name), norm in self._query_key_norms(module, list(table)).items():
             table[block][name] = norm
