@@ -1,4 +1,4 @@
-"""Measure: `python src/bench.py data|depth|memory|stability [key=value …]`. Keys are told in `configs/bench_*.yaml`."""
+"""Measure: `python src/bench.py data|depth|memory|precision|stability [key=value …]`, see `configs/bench_*.yaml`."""
 
 import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import train
-from mvsplit.benchmarks import data, depth, memory, stability
+from mvsplit.benchmarks import data, depth, memory, precision, stability
 from mvsplit.training import run
 from mvsplit.utils import entry
 from mvsplit.utils.config import check_config, to_plain
@@ -52,6 +52,14 @@ def bench_memory(cfg: DictConfig) -> dict[str, Any]:
     return memory.report(config, overrides, Path(config["paths"]["output_dir"]))
 
 
+def bench_precision(cfg: DictConfig) -> dict[str, Any]:
+    """Measure the errors of bf16; the figures are shown, kept as `bench_precision.json`, and returned."""
+    config = to_plain(cfg)
+    check_config(config, precision.Config)
+    precision.Config.check(config["width"], config["num_heads"], config["device"])
+    return precision.measure(config, Path(config["paths"]["output_dir"]))
+
+
 def bench_stability(cfg: DictConfig) -> dict[str, Any]:
     """Measure what watching costs; the figures are shown, kept as `bench_stability.json`, and returned."""
     config = to_plain(cfg)
@@ -73,7 +81,13 @@ def train_overrides(hydra: Any, own: set[str]) -> list[str]:
     return [f"{group}={choice}" for group, choice in groups.items() if f"{group}={choice}" not in given] + given
 
 
-BENCHMARKS = {"data": bench_data, "depth": bench_depth, "memory": bench_memory, "stability": bench_stability}
+BENCHMARKS = {
+    "data": bench_data,
+    "depth": bench_depth,
+    "memory": bench_memory,
+    "precision": bench_precision,
+    "stability": bench_stability,
+}
 
 
 def split_command(argv: list[str]) -> tuple[str, list[str]]:

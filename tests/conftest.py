@@ -12,11 +12,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+# As for a script that runs there: `import train`. An installed copy of the package comes after it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
 from mvsplit.data.digits import write_digits
 from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers
 
 SRC = PROJECT_ROOT / "src"
-sys.path.insert(0, str(SRC))  # as for a script that runs there: `import train`
 torch.set_num_threads(1)  # tiny networks: threads cost more than they give
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
 
