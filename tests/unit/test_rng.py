@@ -1,10 +1,8 @@
 """Counter-based random numbers: known answers, moments, independence of the batch, no copies between devices."""
 
-from typing import Any
-
 import torch
+from device_tools import Copies
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvsplit.flow.objective import Flow
 from mvsplit.flow.times import LogitNormal
@@ -33,21 +31,6 @@ def test_numbers_stay_what_they_were() -> None:
     }
     for seed, expected in known.items():
         assert bits(seed, Stream.TRAIN_NOISE, torch.tensor([0, 2**40]), 2).flatten().tolist() == expected
-
-
-class Copies(TorchDispatchMode):
-    """Operations that copy between host and device, or wait for a number of the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        places = {t.device.type for t in (*args, out) if isinstance(t, torch.Tensor)}
-        if len(places) > 1 or "local_scalar_dense" in str(function):
-            self.found.append(str(function))
-        return out
 
 
 def test_a_steps_draws_copy_nothing_to_the_device() -> None:
