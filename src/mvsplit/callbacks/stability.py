@@ -95,8 +95,7 @@ class StabilityProbe(Callback):
             return
         full = self._is_full(trainer)
         self._taps.detach()
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        table = self._taps.read(self._micro_batches, scaler.get_scale() if scaler is not None else 1.0)
+        table = self._taps.read(self._micro_batches)
         self._micro_batches = 0
         for (block, name), norm in self._query_key_norms(module, list(table)).items():
             table[block][name] = norm

@@ -274,7 +274,7 @@ def drop_gradients(module: nn.Module) -> None:
 
 
 def _discard_step(zero3: Any) -> None:
-    """Make DeepSpeed take its next step for one that overflowed; the loss scale stays as it is."""
+    """Make DeepSpeed take its next step for one that overflowed, without saying that gradients were not finite."""
     check, update = "_overflow_check_and_loss_scale_update", "_update_scale"
 
     def overflowed(update_scale: bool = True) -> bool:
@@ -282,11 +282,11 @@ def _discard_step(zero3: Any) -> None:
         zero3.overflow = True
         return True
 
-    def keep_scale(has_overflow: bool = False) -> None:
+    def keep_quiet(has_overflow: bool = False) -> None:
         delattr(zero3, update)
 
     setattr(zero3, check, overflowed)
-    setattr(zero3, update, keep_scale)
+    setattr(zero3, update, keep_quiet)
 
 
 def whole_storages(tensors: list[Tensor]) -> list[Tensor]:

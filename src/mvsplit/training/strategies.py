@@ -37,7 +37,10 @@ from mvsplit.training.zero_config import (
     sizes_of,
     zero_settings,
 )
-from mvsplit.utils.errors import UserError
+from mvsplit.utils.config import locate
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")
+"""What `trainer.precision` may be; a strategy that allows less says so in `precisions`."""
 
 
 class FolderCheckpoints(CheckpointIO):
@@ -125,9 +128,6 @@ class FSDP2(_Sharded, ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
         precision = self.precision_plugin.precision
-        if precision not in self.precisions:
-            allowed = " and ".join(self.precisions)
-            raise UserError(f"trainer.precision = {precision}: allowed with trainer=fsdp are {allowed}")
         # Not Lightning's plug-in: autocast would decide operation by operation what the policy decides once.
         self.precision_plugin = ShardedPrecision(precision)
         self.policy = MixedPrecisionPolicy()
@@ -181,6 +181,8 @@ class ZeRO3(_Sharded, DeepSpeedStrategy):
     Raises:
         UserError: for places that do not go together, or a machine that cannot do it.
     """
+
+    precisions = ("32-true", "bf16-mixed", "bf16-true")
 
     def __init__(
         self,
@@ -294,6 +296,17 @@ def _linear_set_up() -> Iterator[None]:
         yield
     finally:
         DeepSpeedEngine._check_for_duplicates = original
+
+
+def allowed_precisions(strategy: Any) -> tuple[str, ...]:
+    """What `trainer.precision` may be. strategy: the config's node, or a name that Lightning knows.
+
+    Nowhere float16: a scaler would enlarge the gradients by 65,536, and with them what is measured of them; norms over
+    a whole network overflow.
+    """
+    kind = locate(strategy["_target_"], "trainer.strategy") if isinstance(strategy, dict) else None
+    allowed: tuple[str, ...] = getattr(kind, "precisions", PRECISIONS)
+    return allowed
 
 
 def takes_step(trainer: Trainer) -> bool:
