@@ -83,7 +83,7 @@ class StabilityProbe(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._micro_batches == 0:
-            self._loss = torch.zeros((), device=module.device)
+            self._loss = torch.zeros((), device=trainer.strategy.root_device)
             self._taps.attach(self.watched, self.blocks if self._is_full(trainer) else ())
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:

@@ -223,6 +223,12 @@ class ZeRO3(_Sharded, DeepSpeedStrategy):
         with super().model_sharded_context(), _freed_at_once():
             yield
 
+    def _setup_model(self, model: Any) -> Any:
+        # Lightning leaves this to DeepSpeed, which leaves a network alone whose parameters it has shared out already:
+        # metrics, buffers and what else lies outside them would stay in host memory. After `fit` Lightning takes all
+        # there, also the stand-ins of parameters, and a parameter that is gathered alone goes where its stand-in is.
+        return model.to(self.root_device)
+
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided the loss by the micro-batches of a step already. Twice makes gradients too small by that
         # factor, which Adam hides, but clipping and the logged norm do not.
