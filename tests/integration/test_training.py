@@ -167,19 +167,23 @@ def test_a_network_with_dropout_resumes_to_the_bit(
     assert differences(state(tmp_path / "whole"), state(tmp_path / "cut")) == []
 
 
+@pytest.mark.parametrize("where", ["in the loss", "in all activations"])
 def test_a_non_finite_loss_stops_before_the_step(
-    train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     plain, calls = module_file.velocity_loss, 0
 
-    def poisoned(*arguments: Any) -> torch.Tensor:
+    def poisoned(network: Any, x0: torch.Tensor, *arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += torch.is_grad_enabled()
-        return plain(*arguments) * (math.nan if calls == 4 and torch.is_grad_enabled() else 1)
+        factor = math.nan if calls == 4 and torch.is_grad_enabled() else 1
+        if where == "in the loss":
+            return plain(network, x0, *arguments) * factor
+        return plain(network, x0 * factor, *arguments)  # the measures of the backward pass meet it first
 
     monkeypatch.setattr(module_file, "velocity_loss", poisoned)
     with pytest.raises(UserError, match=r"not finite at step 3 .* no step was taken"):
-        train_here("callbacks.last.every_n_steps=1")
+        train_here("callbacks.last.every_n_steps=1", "callbacks.stability.every=1")
     report = json.loads((tmp_path / "run" / "nonfinite_step_3_rank_0.json").read_text())
     assert report["loss"] == "nan"
     assert report["positions"] == list(range(24, 32))

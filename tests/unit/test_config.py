@@ -237,6 +237,25 @@ def test_places_to_offload_to_must_go_together(places: list[str], message: str) 
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("precision", "trainer", "allowed"),
+    [
+        *((precision, "cpu", "32-true, bf16-mixed, bf16-true, 64-true") for precision in ("16-mixed", "16-true", "16")),
+        ("16-mixed", "gpu", "32-true, bf16-mixed, bf16-true, 64-true"),
+        ("16-mixed", "ddp", "32-true, bf16-mixed, bf16-true, 64-true"),
+        ("16-mixed", "deepspeed", "32-true, bf16-mixed, bf16-true"),
+        ("16-true", "deepspeed_offload", "32-true, bf16-mixed, bf16-true"),
+        ("64-true", "deepspeed", "32-true, bf16-mixed, bf16-true"),
+        ("16-mixed", "fsdp", "32-true, bf16-mixed"),
+        ("bf16-true", "fsdp", "32-true, bf16-mixed"),
+    ],
+)
+def test_precisions_that_nothing_is_trained_in(precision: str, trainer: str, allowed: str) -> None:
+    with pytest.raises(UserError) as caught:
+        checked(f"trainer={trainer}", f"trainer.precision={precision}")
+    assert str(caught.value) == f"trainer.precision = {precision}: allowed with this strategy are {allowed}"
+
+
 PAPER_400L, PAPER_1000L = ["experiment=imagenet256_400l"], ["experiment=imagenet256_1000l"]
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from device_tools import Copies
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mvsplit.callbacks.stability import spread_evenly, watched_blocks
 from mvsplit.models.conditioning import ClassTokens
@@ -58,6 +60,67 @@ def test_attention_measures_by_their_definitions() -> None:
     assert measures.retention(a, v).item() == pytest.approx(sum(kept).item() / 4, rel=1e-10)
     uniform = torch.full((1, 1, T, T), 1 / T, dtype=torch.float64)
     assert measures.mu_eff(uniform).item() == pytest.approx(0, abs=1e-12)
+
+
+def attention_like(kind: str, tokens: int = 64, heads: int = 3) -> Tensor:
+    """Matrices (1, heads, tokens, tokens) as attention makes them, float64."""
+    noise = draw(1, heads, tokens, tokens)
+    eye = torch.eye(tokens, dtype=torch.float64)
+    if kind == "random":
+        return noise.softmax(-1)
+    if kind == "sharp":
+        return (8 * noise).softmax(-1)
+    if kind == "near uniform":
+        return (1e-3 * noise).softmax(-1)
+    if kind == "identity":
+        return eye.expand(1, heads, -1, -1)
+    if kind == "near identity":
+        return 0.9 * eye + 0.1 * noise.softmax(-1)
+    if kind == "blocks":
+        return torch.block_diag(*[torch.full((8, 8), 1 / 8, dtype=torch.float64)] * (tokens // 8))[None, None]
+    if kind == "local":
+        place = torch.arange(tokens, dtype=torch.float64)
+        return (-(place[:, None] - place).abs() / 3).softmax(-1)[None, None]
+    # One singular value, the others where the quotient errs most.
+    basis = torch.linalg.qr(noise).Q
+    values = torch.full((tokens,), 1 - 3e-4, dtype=torch.float64)
+    values[0] = 1
+    return basis * values @ basis.transpose(-1, -2)
+
+
+@pytest.mark.parametrize(
+    "kind", ["random", "sharp", "near uniform", "identity", "near identity", "blocks", "local", "cluster"]
+)
+def test_the_spectral_norm_is_the_svds(kind: str) -> None:
+    a = attention_like(kind)
+    exact = torch.linalg.svdvals(a)[..., 0]
+    for scale in (1.0, 1e-25, 1e25):  # in float32 their squares underflow, or overflow
+        found = measures.spectral_norm((scale * a).float())
+        torch.testing.assert_close(found.double() / scale, exact, rtol=3e-4, atol=0)
+    centred = a - a.mean(-1, keepdim=True)
+    exact = torch.linalg.svdvals(centred - centred.mean(-2, keepdim=True))[..., 0].mean()
+    torch.testing.assert_close(measures.mu_eff(a.float()).double(), exact, rtol=3e-4, atol=0)
+
+
+def test_the_spectral_norm_of_nothing_is_zero_and_of_nan_is_nan() -> None:
+    m = draw(3, T, T)
+    m[1] = 0
+    m[2, 0, 1] = math.nan
+    found = measures.spectral_norm(m)
+    assert found[0] > 0
+    assert found[1] == 0
+    assert found[2].isnan()
+    assert measures.mu_eff(torch.full((1, 1, T, T), math.nan)).isnan()
+
+
+def test_attention_is_measured_without_waiting_for_the_device() -> None:
+    with FakeTensorMode():
+        q, k, v = (torch.zeros(2, 3, T, 4, device="cuda") for _ in range(3))
+        with Copies() as copies:
+            a = measures.attention_matrix(q, k)
+            found = measures.mu_eff(a), measures.retention(a, v), measures.row_diversity(a)
+        assert [value.device.type for value in found] == ["cuda"] * 3
+        assert copies.found == []
 
 
 def test_branch_measures_by_their_definitions() -> None:
@@ -174,16 +237,17 @@ def test_taps_see_what_explicit_sums_see_also_when_recomputed(residual: Any, eve
     assert taps.read(micro_batches=1) == table
 
 
-def test_gradients_that_a_scaler_enlarged_and_micro_batches_are_undone() -> None:
+def test_micro_batches_are_averaged_and_their_gradients_added_up() -> None:
     net = network(MVSplit)
     taps = Taps(net)
     taps.attach(cheap=[5])
     backward(net)
     once = taps.read(1)[5]
+    once |= {name: 2 * value for name, value in once.items() if name.startswith("g_")}
     taps.attach(cheap=[5])
     backward(net)
     backward(net)
-    twice = taps.read(2, scale=2.0)[5]
+    twice = taps.read(2)[5]
     assert twice == pytest.approx(once, rel=1e-12)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from mvsplit.benchmarks.sizes import Activations, Sizes, count_parameters, measure_activations
 from mvsplit.models.recompute import Checkpointing, Schedule
-from mvsplit.training.strategies import FSDP2
+from mvsplit.training.strategies import allowed_precisions
 from mvsplit.training.zero_config import SUB_GROUP, zero_settings
 from mvsplit.training.zero_config import Sizes as ZeroSizes
 from mvsplit.utils.config import build
@@ -101,7 +101,7 @@ def read_job(config: dict[str, Any]) -> Job:
         raise UserError(f"trainer.strategy = {name}: the planner knows {', '.join(names)}")
     precision = str(trainer["precision"])
     zero3 = names[name] == "zero3"
-    known = FSDP2.precisions if names[name] == "fsdp2" else ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
+    known = [allowed for allowed in allowed_precisions(node) if allowed != "64-true"]  # `STATES` has no line for it
     if precision not in known:
         raise UserError(f"trainer.precision = {precision}: with this strategy the planner knows {', '.join(known)}")
     half = "16" in precision and (zero3 or "true" in precision)

@@ -41,11 +41,9 @@ class NonFiniteStop(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         if not takes_step(trainer):  # a micro-batch's loss that is not finite will be in the step's gradient too
             return
-        norm = self.norm = gradient_norm(module)
-        finite = bool(self._loss.isfinite())
-        if trainer.precision != "16-mixed":  # there, a loss scaler skips the step and tries a smaller scale
-            module.log("train/grad_norm", norm)
-            finite = finite and math.isfinite(norm)
+        self.norm = gradient_norm(module)
+        module.log("train/grad_norm", self.norm)
+        finite = bool(self._loss.isfinite()) and math.isfinite(self.norm)
         # All ranks stop together: one alone would leave the others waiting for it.
         if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             path = self._report(trainer, module)

@@ -44,10 +44,11 @@ class SampleGrid(Callback):
         if trainer.sanity_checking or trainer.fast_dev_run or trainer.global_step == self._drawn_at:
             return
         self._drawn_at = trainer.global_step
-        index = torch.arange(len(self.classes))
+        device = trainer.strategy.root_device
+        classes, index = self.classes.to(device), torch.arange(len(self.classes), device=device)
         pictures = [
             module.sample(labels, numbers).cpu()
-            for labels, numbers in zip(self.classes.split(self.batch_size), index.split(self.batch_size), strict=True)
+            for labels, numbers in zip(classes.split(self.batch_size), index.split(self.batch_size), strict=True)
         ]
         if not trainer.is_global_zero:
             return  # the others took part, for strategies that share the weights out

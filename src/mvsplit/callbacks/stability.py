@@ -83,7 +83,7 @@ class StabilityProbe(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._micro_batches == 0:
-            self._loss = torch.zeros((), device=module.device)
+            self._loss = torch.zeros((), device=trainer.strategy.root_device)
             self._taps.attach(self.watched, self.blocks if self._is_full(trainer) else ())
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
@@ -95,8 +95,7 @@ class StabilityProbe(Callback):
             return
         full = self._is_full(trainer)
         self._taps.detach()
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        table = self._taps.read(self._micro_batches, scaler.get_scale() if scaler is not None else 1.0)
+        table = self._taps.read(self._micro_batches)
         self._taps.writers.clear()  # their memory is the optimiser step's
         self._micro_batches = 0
         for (block, name), norm in self._query_key_norms(module, list(table)).items():

@@ -35,7 +35,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        if module.device.type == "cuda" and trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.strategy.root_device.type == "cuda" and trainer.global_step % trainer.log_every_n_steps == 0:
             torch.cuda.synchronize()
         self._ready = time.perf_counter()
         self._busy += self._ready - self._start
@@ -50,7 +50,7 @@ class Throughput(Callback):
                 "time/data_wait_share": self._wait / elapsed,
                 "memory/host_peak_gib": host_peak_gib(),
             }
-            if module.device.type == "cuda":
+            if trainer.strategy.root_device.type == "cuda":
                 metrics["memory/device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, trainer.global_step - 1)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+SQUARINGS = 12
+"""Of MᵀM in `spectral_norm`: as many products of T × T matrices, which stand for 2¹² power iterations."""
+
 
 def _exact(x: Tensor) -> Tensor:
     """Float32 at least: half precision has too few digits for differences of tokens."""
@@ -61,8 +64,35 @@ def mu_eff(a: Tensor) -> Tensor:
 
     a: (B, H, T, T). Returns the mean over samples and heads. (The paper's released code takes ‖AP‖₂ instead.)
     """
-    centred = _centred_rows(_centred_rows(a).transpose(-1, -2))  # (PAP)ᵀ has the same norm
-    return torch.linalg.matrix_norm(centred, ord=2).mean()
+    return spectral_norm(_centred_rows(_centred_rows(a).transpose(-1, -2))).mean()  # (PAP)ᵀ has the same norm
+
+
+def spectral_norm(m: Tensor) -> Tensor:
+    """‖M‖₂ by matrix products alone: (…, T, T) → (…). 0 for M = 0; NaN where M holds one.
+
+    An SVD takes one matrix after the other on a GPU, and raises at a NaN. Here G = MᵀM is squared again and again, each
+    time with its trace brought back to 1: after k squarings G^(2^k) holds the directions of the largest singular values
+    alone, and the Rayleigh quotient over them is the largest eigenvalue. It is never above ‖M‖₂, and below it by at
+    most 2.1e-4 of it at T = 260: where 259 singular values lie together just beneath the first.
+    """
+    scale = m.abs().amax((-2, -1), keepdim=True)
+    m = _ratio(m, scale)  # or squares of small entries would underflow
+    gram = power = m.transpose(-1, -2) @ m
+    for _ in range(SQUARINGS):
+        power = _trace_one(power)
+        power = power @ power
+    power = _trace_one(power)
+    largest = _ratio((power * (gram @ power)).sum((-2, -1)), power.square().sum((-2, -1)))
+    return scale[..., 0, 0] * largest.sqrt()
+
+
+def _trace_one(gram: Tensor) -> Tensor:
+    return _ratio(gram, gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None])
+
+
+def _ratio(x: Tensor, by: Tensor) -> Tensor:
+    """The quotient, and 0 where both are 0; a NaN stays."""
+    return x / by.masked_fill(by == 0, 1.0)
 
 
 def row_diversity(a: Tensor) -> Tensor:

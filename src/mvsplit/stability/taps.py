@@ -139,11 +139,11 @@ class Taps:
 
         return lambda module, inputs, out: Tap.apply(out, record, out)
 
-    def read(self, micro_batches: int, scale: float = 1.0) -> dict[int, dict[str, float]]:
+    def read(self, micro_batches: int) -> dict[int, dict[str, float]]:
         """What was measured, by block: means over micro-batches and processes; a collective call if there are several.
 
         Args:
-            micro_batches: backward passes since `attach`. scale: of the gradients, if a loss scaler enlarged them.
+            micro_batches: backward passes since `attach`.
         """
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         keys = [*self.sums, *self.writers]
@@ -151,7 +151,7 @@ class Taps:
         for matrix in self.writers.values():  # one at a time: of all blocks together they are as large as the gradient
             if world > 1:
                 dist.all_reduce(matrix)
-            norms.append(torch.linalg.matrix_norm(matrix) / (world * scale))
+            norms.append(torch.linalg.matrix_norm(matrix) / world)
         numbers = torch.stack([value / micro_batches for value in self.sums.values()] + norms).double()
         if world > 1:  # norms are the same everywhere already
             dist.all_reduce(numbers)

@@ -163,6 +163,9 @@ class FlowModule(L.LightningModule):
         self.validation_step(batch, batch_idx, "test")
 
     def sample(self, condition: Tensor, index: Tensor) -> Tensor:
-        """Pictures number `index` (B,) for `condition` (B,): (B, C, height, width) in the data's units."""
-        noise = sample_noise(self.seed, index.to(self.device), self.network.input_shape)
-        return self.sampler.sample(self.network, condition.to(self.device), noise, self.flow.time_shift)
+        """Pictures number `index` (B,) for `condition` (B,): (B, C, height, width) in the data's units.
+
+        Both lie where the network is.
+        """
+        noise = sample_noise(self.seed, index, self.network.input_shape)
+        return self.sampler.sample(self.network, condition, noise, self.flow.time_shift)

@@ -20,6 +20,7 @@ from mvsplit.callbacks.last_checkpoint import LastCheckpoint
 from mvsplit.callbacks.rank_watch import RankWatch
 from mvsplit.callbacks.sample_grid import SampleGrid
 from mvsplit.training.folder import Saved, newest
+from mvsplit.training.strategies import allowed_precisions
 from mvsplit.utils.config import check_value
 from mvsplit.utils.console import say, show_table
 from mvsplit.utils.errors import UserError
@@ -104,6 +105,9 @@ def check_together(config: Group) -> None:
     for key, hint in TRAINER_LIMITS.items():
         if key in trainer:
             check_value(f"trainer.{key}", trainer[key], hint)
+    precision, allowed = trainer.get("precision"), allowed_precisions(trainer.get("strategy", "auto"))
+    if precision is not None and precision not in allowed:
+        raise UserError(f"trainer.precision = {precision}: allowed with this strategy are {', '.join(allowed)}")
     accumulate = trainer.get("accumulate_grad_batches", 1)
     if trainer.get("val_check_interval", accumulate) % accumulate:
         raise UserError(

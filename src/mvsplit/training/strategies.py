@@ -36,7 +36,10 @@ from mvsplit.training.zero_config import (
     sizes_of,
     zero_settings,
 )
-from mvsplit.utils.errors import UserError
+from mvsplit.utils.config import locate
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")
+"""What `trainer.precision` may be; a strategy that allows less says so in `precisions`."""
 
 
 class FolderCheckpoints(CheckpointIO):
@@ -125,9 +128,6 @@ class FSDP2(_Sharded, ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
         precision = self.precision_plugin.precision
-        if precision not in self.precisions:
-            allowed = " and ".join(self.precisions)
-            raise UserError(f"trainer.precision = {precision}: allowed with trainer=fsdp are {allowed}")
         # Not Lightning's plug-in: autocast would decide operation by operation what the policy decides once.
         self.precision_plugin = ShardedPrecision(precision)
         self.policy = MixedPrecisionPolicy()
@@ -189,6 +189,8 @@ class ZeRO3(_Sharded, DeepSpeedStrategy):
         UserError: for places that do not go together, or a machine that cannot do it.
     """
 
+    precisions = ("32-true", "bf16-mixed", "bf16-true")
+
     def __init__(
         self,
         offload_optimizer: OffloadDevice = "none",
@@ -228,6 +230,12 @@ class ZeRO3(_Sharded, DeepSpeedStrategy):
     def model_sharded_context(self) -> Iterator[None]:
         with super().model_sharded_context(), _freed_at_once():
             yield
+
+    def _setup_model(self, model: Any) -> Any:
+        # Lightning leaves this to DeepSpeed, which leaves a network alone whose parameters it has shared out already:
+        # metrics, buffers and what else lies outside them would stay in host memory. After `fit` Lightning takes all
+        # there, also the stand-ins of parameters, and a parameter that is gathered alone goes where its stand-in is.
+        return model.to(self.root_device)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided the loss by the micro-batches of a step already. Twice makes gradients too small by that
@@ -302,6 +310,17 @@ def _linear_set_up() -> Iterator[None]:
         yield
     finally:
         DeepSpeedEngine._check_for_duplicates = original
+
+
+def allowed_precisions(strategy: Any) -> tuple[str, ...]:
+    """What `trainer.precision` may be. strategy: the config's node, or a name that Lightning knows.
+
+    Nowhere float16: a scaler would enlarge the gradients by 65,536, and with them what is measured of them; norms over
+    a whole network overflow.
+    """
+    kind = locate(strategy["_target_"], "trainer.strategy") if isinstance(strategy, dict) else None
+    allowed: tuple[str, ...] = getattr(kind, "precisions", PRECISIONS)
+    return allowed
 
 
 def takes_step(trainer: Trainer) -> bool:

@@ -53,9 +53,8 @@ def mix(x: Tensor) -> Tensor:
 
 def bits(seed: int, stream: Stream, index: Tensor, count: int) -> Tensor:
     """64 random bits per entry: (B,) int64 indices → (B, count) int64."""
-    index = index.to(torch.int64)
-    key = mix(mix(index.new_tensor([seed])) + int(stream))
-    row = mix(key ^ mix(index))[:, None]
+    # The key in Python's integers: as a tensor it would be copied to the device, and the host would wait for that.
+    row = mix(mix(index.to(torch.int64)) ^ _signed(_mix(_mix(seed) + int(stream))))[:, None]
     return mix(row + torch.arange(count, device=index.device) * _GOLDEN)
 
 
@@ -75,6 +74,10 @@ def _mix(x: int) -> int:
     x = ((x ^ (x >> 30)) * _MIX1) & _64_BITS
     x = ((x ^ (x >> 27)) * _MIX2) & _64_BITS
     return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
 
 
 def normal(seed: int, stream: Stream, index: Tensor, shape: Sequence[int]) -> Tensor:
