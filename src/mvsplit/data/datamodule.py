@@ -414,7 +414,8 @@ def start_worker(worker: int, parent: int) -> None:
             os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, count)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StreamedBatches:
