@@ -1,7 +1,9 @@
 """Runs on a machine with GPUs: each takes its own device, and a CPU run none at all."""
 
+import sysconfig
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from omegaconf import DictConfig
 
+from mvsplit.models.dit import DiT
 from mvsplit.training.strategies import ZeRO3
 from mvsplit.utils.config import build, to_plain
 
@@ -69,3 +72,44 @@ def test_building_the_network_keeps_the_generators_of_the_device_in_use(
         module.configure_model()
     assert saved == restored == touched
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize(
+    ("commands", "own", "missing"),
+    [
+        (["gcc", "g++"], {}, {}),
+        (["clang", "clang++"], {}, {}),
+        ([], {}, {True: "a C compiler, and there is no gcc or clang;", False: "a C++ compiler"}),
+        (["g++"], {}, {True: "a C compiler, and there is no gcc or clang;"}),
+        (["gcc"], {}, {False: "a C++ compiler"}),
+        (["gcc", "g++"], {"CC": "nvc"}, {True: "a C compiler, and there is no nvc;"}),
+        (["nvc", "nvc++"], {"CC": "nvc", "CXX": "nvc++"}, {}),
+    ],
+)
+def test_what_compiling_needs_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    commands: list[str],
+    own: dict[str, str],
+    missing: dict[bool, str],
+    header: bool,
+    has_gpu: bool,
+) -> None:
+    """On a machine whose compilers are these `commands`, with these variables of the user's."""
+    for command in commands:
+        (tmp_path / command).touch(0o755)
+    if header:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    message = missing.get(has_gpu) or (None if header else f"Python's headers .* there is no {tmp_path}/Python.h;")
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        DiT.check([8, 8], 2, 16, 2, compile=True)
+    DiT.check([8, 8], 2, 16, 2, compile=False)
