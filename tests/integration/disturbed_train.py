@@ -1,6 +1,7 @@
 """`src/train.py` with a callback that disturbs one rank at a known moment; run like it, by the tests of this folder."""
 
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -30,11 +31,12 @@ class Disturb(Callback):
     Args:
         what: `defect`, `mistake`, `spoil` (a NaN in the gradient of this batch, not in its loss), or names of signals,
             sent one after the other.
-        when: `train`, `validation`, `test` (a batch starts there) or `save`. rank: -1 means all of them.
+        when: `start` (of training), `train`, `validation`, `test` (a batch starts there) or `save`.
+        rank: -1 means all of them. readers: signals go to the rank's reading processes, not to itself.
     """
 
-    def __init__(self, what: str, when: str, rank: int, step: int = 7) -> None:
-        self.what, self.when, self.rank, self.step = what, when, rank, step
+    def __init__(self, what: str, when: str, rank: int, step: int = 7, readers: bool = False) -> None:
+        self.what, self.when, self.rank, self.step, self.readers = what, when, rank, step, readers
         self.done = False
 
     def disturb(self, trainer: Trainer, when: str) -> None:
@@ -52,8 +54,14 @@ class Disturb(Callback):
             handle = network.register_forward_hook(lambda module, inputs, output: spoil(output))
             handles.append(handle)
             return
+        pids = [child.pid or 0 for child in multiprocessing.active_children()] if self.readers else [os.getpid()]
+        assert pids
         for name in self.what.split("+"):
-            os.kill(os.getpid(), signal.Signals[name])
+            for pid in pids:
+                os.kill(pid, signal.Signals[name])
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self.disturb(trainer, "start")
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self.disturb(trainer, "train")

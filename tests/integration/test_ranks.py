@@ -228,12 +228,30 @@ def slurm(job: int, rank: int, port: int, restarts: int = 0) -> dict[str, str]:
     }
 
 
+def scontrol(tmp_path: Path) -> str:
+    """PATH with a stand-in for SLURM's command, which is not here: writes what it is called with to scontrol.txt."""
+    command = tmp_path / "bin" / "scontrol"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.txt\n')
+    command.chmod(0o755)
+    return f"{command.parent}:{os.environ['PATH']}"
+
+
+def test_signals_to_reading_processes_neither_end_the_run_nor_queue_it_again(
+    script: Script, start: Callable[..., Job], tmp_path: Path
+) -> None:
+    steps = ["trainer.max_steps=12", "trainer.val_check_interval=10", "data.num_workers=1"]
+    command = disturbed(script("train.py", *steps), what="SIGUSR1+SIGINT", when="start", rank=0, step=0, readers=True)
+    later = "_target_:disturbed_train.Disturb,what:SIGUSR1+SIGINT+SIGTERM,when:train,rank:0,readers:true"
+    command.append(f"+callbacks.later={{{later}}}")
+    job = start(command, PATH=scontrol(tmp_path), SLURM_JOB_ID="77")
+    assert job.ends(120) == 0
+    assert not (tmp_path / "scontrol.txt").exists()
+    assert last(runs(tmp_path)[0])["global_step"] == 12
+
+
 def test_slurm_job_is_queued_again_and_goes_on(script: Script, start: Callable[..., Job], tmp_path: Path) -> None:
-    scontrol = tmp_path / "bin" / "scontrol"  # there is no SLURM here: what is called with what is seen
-    scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.txt\n')
-    scontrol.chmod(0o755)
-    path = f"{scontrol.parent}:{os.environ['PATH']}"
+    path = scontrol(tmp_path)
     steps = ["trainer.max_steps=400", "trainer.val_check_interval=400", "callbacks.last.every_n_steps=5"]
     command = script("train.py", *steps, WATCH, "trainer=ddp_sim", "test=false", "ckpt_path=last")
     port = free_port()

@@ -52,12 +52,14 @@ class LastCheckpoint(Checkpoint):
         self.received: signal.Signals | None = None
         """The signal that stopped the run, on every rank, if one did."""
         self._flag = 0
+        self._process = 0
         self._training = False
         self._saved_step = -1
         self._previous: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self.received, self._flag, self._training = None, 0, False
+        self._process = os.getpid()
         # Lightning's would come later and call ours after their own doing.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         if threading.current_thread() is threading.main_thread():
@@ -67,6 +69,8 @@ class LastCheckpoint(Checkpoint):
         self._saved_step, self._training = trainer.global_step, True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # forked, as reading processes are: they inherit the handler, and whether to stop is not for them
         if not self._training:
             self._leave(self.received or number)
         if self._flag == signal.SIGINT == number:

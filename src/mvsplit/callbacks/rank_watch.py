@@ -18,13 +18,16 @@ from torch.distributed import DistError, is_torchelastic_launched
 
 from mvsplit.utils.entry import exit_status
 from mvsplit.utils.errors import AgreedError, UserError
-from mvsplit.utils.rank_lines import LOST, Hub, Line, Member, Spoke, complain
+from mvsplit.utils.rank_lines import GRACE_S, LOST, UNWIND_S, Hub, Line, Member, Spoke, complain
 
 PARENT = "MVSPLIT_RANK_0_PID"
 """Environment variable by which processes that Lightning starts know who started them."""
 BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "timed out", "NCCL", "gloo")
 """What the error of a collective operation says when another rank is missing."""
 PR_SET_PDEATHSIG = 1
+NCCL_PATIENCE = "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"
+"""Environment variable: four times as long PyTorch's watchdog sleeps, once NCCL has an error, before it aborts the
+process (`ProcessGroupNCCL::Watchdog::runLoop`; 15,000, so a minute, if it is not set). Read with the process group."""
 OBSERVER = "_launch_process_observer"
 """Lightning's function that is called with the processes it has just started."""
 
@@ -51,8 +54,15 @@ class RankWatch(Callback):
         self._trainer: Trainer | None = None
         self._children: list[subprocess.Popen[bytes]] = []
         self._failed_once = False
+        self._set_patience = False
 
     def __enter__(self) -> None:
+        self._set_patience = NCCL_PATIENCE not in os.environ
+        if self._set_patience:
+            # What `_fail` and the line wait at most; an abort before would be neither status 75 nor name the lost rank.
+            patience_s = 2 * self.timeout_s + GRACE_S + UNWIND_S + 20
+            os.environ[NCCL_PATIENCE] = str(int(min(250 * patience_s, 2**29 - 1)))  # × 4 it must fit into an int
+            self._set_patience = True
         parent = os.environ.get(PARENT)
         if parent is not None or is_torchelastic_launched():
             end_with_parent(int(parent) if parent is not None else None)
@@ -64,6 +74,8 @@ class RankWatch(Callback):
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: TracebackType | None) -> None:
         setattr(subprocess_script, OBSERVER, self._observer)
+        if self._set_patience:
+            os.environ.pop(NCCL_PATIENCE, None)
         if os.environ.get(PARENT) == str(os.getpid()):
             del os.environ[PARENT]
         if error is not None:

@@ -271,9 +271,11 @@ class ShardDataModule(L.LightningDataModule):
         return StreamLoader(reader, batch_sampler=batches, **self._loading())
 
     def _loading(self) -> dict[str, Any]:
+        # Only for copies to a GPU: page-locked memory needs a CUDA context, which a CPU run would make on somebody's.
+        copied = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {
             "num_workers": self.num_workers,
-            "pin_memory": self.pin_memory and torch.cuda.is_available(),
+            "pin_memory": self.pin_memory and copied,
             "persistent_workers": self.num_workers > 0,
             "collate_fn": collate,
             "worker_init_fn": partial(start_worker, parent=os.getpid()),
@@ -414,7 +416,8 @@ def start_worker(worker: int, parent: int) -> None:
             os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, count)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StreamedBatches:

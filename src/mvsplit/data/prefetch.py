@@ -43,8 +43,10 @@ class Prefetcher:
 
 
 def _fetch(storage: Storage, index: ShardIndex, wanted: Connection, parent: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the training process's handlers came along with the fork
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    # The training process's handlers came along with the fork.
+    for number in (signal.SIGINT, signal.SIGUSR1):  # sent to all processes of a job, whose readers still need this one
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def fetch(number: int) -> None:
         shard = index.shards[number]

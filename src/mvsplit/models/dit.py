@@ -9,6 +9,7 @@ from its input (paper: a linear probe on the image-token mean predicts t with RÂ
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -150,9 +151,25 @@ class DiT(nn.Module):
             raise ValueError(
                 f"model.num_heads = {num_heads}: width / num_heads = {width // num_heads} must be divisible by 4"
             )
-        if compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        if not compile:
+            return
+        # Triton builds what starts its kernels from C, with $CC alone if that is set; kernels for CPUs are C++.
+        if torch.cuda.is_available():
+            compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+            if not any(map(shutil.which, compilers)):
+                raise ValueError(
+                    f"model.compile = True: needs a C compiler, and there is no {' or '.join(compilers)};"
+                    " allowed is false"
+                )
+        elif not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
             raise ValueError(
                 "model.compile = True: needs a C++ compiler, and there is no g++ or clang++; allowed is false"
+            )
+        header = os.path.join(sysconfig.get_path("include"), "Python.h")  # both include it
+        if not os.path.isfile(header):
+            raise ValueError(
+                f"model.compile = True: needs Python's headers (apt install python3-dev), and there is no {header};"
+                " allowed is false"
             )
 
     @property

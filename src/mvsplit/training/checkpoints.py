@@ -1,6 +1,8 @@
 """What is done with checkpoints (`folder.py` reads and writes them): fit them to a network, draw from them, convert."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +10,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mvsplit import __version__
 from mvsplit.training.folder import COMPLETE, PARTIAL, Saved, Tensors, write_safetensors
@@ -50,8 +53,46 @@ def set_micro_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
             counts[key] = checkpoint["global_step"] * accumulate
 
 
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules that are built here have parameters of the right shape and type, but neither memory nor values.
+
+    Buffers are real: those that are not saved have no other place to come from. One parameter has memory at a time,
+    until it is registered; drawing its values afterwards, as PyTorch's layers do, costs nothing.
+    """
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.is_meta:
+            return parameter  # a second name of the same one
+        return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass
+class Source:
+    """Saved weights, of which only names and shapes have been read.
+
+    Args:
+        step: optimiser steps done. config: of the run. shapes: by the network's names.
+        verify: compares checksums, if there are any. read: a tensor of its own by name, turned into a type.
+    """
+
+    step: int
+    config: dict[str, Any]
+    shapes: Mapping[str, Sequence[int]]
+    verify: Callable[[], object]
+    read: Callable[[str, torch.dtype], Tensor]
+
+
 class SavedRun:
     """A trained network with the config it was trained by.
+
+    Host memory holds the weights that are used, once.
 
     Args:
         path: a checkpoint inside a run folder, whose `config.yaml` is read and checked like any other config; or a
@@ -67,26 +108,48 @@ class SavedRun:
     """
 
     def __init__(self, path: Path, weights: Literal["ema", "raw"], schema: type) -> None:
-        self.step, config, state = _read_file(path, weights) if path.is_file() else _read_folder(path, weights)
-        check_config(config, schema)
-        self.config = config
-        network: nn.Module = build(config["model"])()
-        shapes = {name: value.shape for name, value in network.state_dict().items()}
-        check_fits({name: value.shape for name, value in state.items()}, shapes)
-        network.load_state_dict(state)
+        source = _open_file(path, weights) if path.is_file() else _open_folder(path, weights)
+        check_config(source.config, schema)
+        self.step, self.config = source.step, source.config
+        with parameters_on_meta():
+            network: nn.Module = build(self.config["model"])()
+        expected = network.state_dict()
+        check_fits(source.shapes, {name: value.shape for name, value in expected.items()})
+        source.verify()
+        state = {name: source.read(name, value.dtype) for name, value in expected.items()}
+        network.load_state_dict(state, assign=True)  # no copies
+        for name, value in (*network.named_parameters(), *network.named_buffers()):
+            if value.is_meta:
+                raise ValueError(
+                    f"model: '{name}' is made from the values of parameters, which are not there yet when a checkpoint"
+                    " is read, and it is not saved with them (persistent=True)"
+                )
         self.network: Any = network.eval()
 
 
-def _read_folder(path: Path, weights: str) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    """Step, config and weights of a checkpoint in its run folder."""
+def _open_folder(path: Path, weights: str) -> Source:
+    """A checkpoint in its run folder."""
     saved = Saved(path)
-    wanted = weight_kinds(saved, weights)
-    saved.verify(*wanted)
-    state: dict[str, Tensor] = {}
-    for kind in wanted:  # buffers and frozen weights have no average
+    chosen = choose(saved, weights)
+    return Source(
+        saved.step,
+        read_config(saved),
+        {name: tensors.shapes[NETWORK + name] for name, (_, tensors) in chosen.items()},
+        verify=lambda: saved.verify(*{kind for kind, _ in chosen.values()}),
+        read=lambda name, dtype: chosen[name][1].whole(NETWORK + name).to(dtype),
+    )
+
+
+def choose(saved: Saved, weights: str) -> dict[str, tuple[str, Tensors]]:
+    """Where the averaged or the trained weights are: the network's name → kind, and the tensors of that kind.
+
+    Buffers and frozen weights have no average.
+    """
+    chosen: dict[str, tuple[str, Tensors]] = {}
+    for kind in weight_kinds(saved, weights):
         tensors = saved.tensors(kind)
-        state |= {n.removeprefix(NETWORK): tensors.whole(n) for n in tensors if n.startswith(NETWORK)}
-    return saved.step, read_config(saved), state
+        chosen |= {name.removeprefix(NETWORK): (kind, tensors) for name in tensors if name.startswith(NETWORK)}
+    return chosen
 
 
 def weight_kinds(saved: Saved, weights: str) -> list[str]:
@@ -139,9 +202,7 @@ def convert(path: Path, output: Path, weights: Sequence[str], dtype: torch.dtype
     sources: dict[str, tuple[Tensors, str]] = {}
     for which in weights:
         prefix = RAW if which == "raw" else ""
-        for kind in weight_kinds(saved, which):
-            tensors = saved.tensors(kind)
-            sources |= {prefix + n.removeprefix(NETWORK): (tensors, n) for n in tensors if n.startswith(NETWORK)}
+        sources |= {prefix + name: (tensors, NETWORK + name) for name, (_, tensors) in choose(saved, which).items()}
     saved.verify("weights", "ema")
 
     def type_of(tensors: Tensors, name: str) -> torch.dtype:
@@ -160,21 +221,29 @@ def convert(path: Path, output: Path, weights: Sequence[str], dtype: torch.dtype
     return len(sources)
 
 
-def _read_file(path: Path, weights: str) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    """Step, config and weights of a file that `convert` wrote."""
+def _open_file(path: Path, weights: str) -> Source:
+    """A file that `convert` wrote."""
     try:
-        with safe_open(str(path), "pt") as file:
-            about = file.metadata() or {}
-            if not about.keys() >= {"mvsplit", "step", "config"}:
-                raise UserError(f"ckpt_path = {path}: not written by this project's src/convert.py")
-            names = [name for name in file.keys() if name.startswith(RAW) == (weights == "raw")]  # noqa: SIM118
-            state = {name.removeprefix(RAW): file.get_tensor(name) for name in names}
-            step = int(about["step"])
+        file = safe_open(str(path), "pt")
+        about = file.metadata() or {}
+        if not about.keys() >= {"mvsplit", "step", "config"}:
+            raise UserError(f"ckpt_path = {path}: not written by this project's src/convert.py")
+        names = [name for name in file.keys() if name.startswith(RAW) == (weights == "raw")]  # noqa: SIM118
+        shapes = {name.removeprefix(RAW): file.get_slice(name).get_shape() for name in names}
+        step = int(about["step"])
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"ckpt_path = {path}: damaged, or not a checkpoint of this project ({error})") from None
-    if not state:
+    if not shapes:
         other = "raw" if weights == "ema" else "ema"
         raise UserError(f"weights = {weights}: {path} does not hold them; allowed is {other}")
-    return step, _config(about["config"], str(path)), state
+    prefix = RAW if weights == "raw" else ""
+    return Source(
+        step,
+        _config(about["config"], str(path)),
+        shapes,
+        verify=lambda: None,
+        # What the library gives is the file itself, which may change.
+        read=lambda name, dtype: file.get_tensor(prefix + name).to(dtype, copy=True),
+    )

@@ -64,7 +64,9 @@ class FlowModule(L.LightningModule):
     def configure_model(self) -> None:
         """Build the network, with weights that depend on the seed alone."""
         if self.network is None:
-            with torch.random.fork_rng():
+            device = self.trainer.strategy.root_device if self._trainer is not None else self.device
+            # Only this process's: else it would make a context on every GPU of the machine, and a warning.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(self.seed)
                 self.network = self.make_network()
             shard_network(self, self.network)

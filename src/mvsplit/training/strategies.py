@@ -222,6 +222,10 @@ class ZeRO3(_Sharded, DeepSpeedStrategy):
 
         set_accelerator(CPU_Accelerator())  # also on a machine whose GPUs this run leaves alone
         assert self.accelerator is not None
+        assert isinstance(self.config, dict)
+        for offloaded in self.config["zero_optimization"].values():
+            if isinstance(offloaded, dict):
+                offloaded["pin_memory"] = False  # there is no GPU to copy to
         self.accelerator.setup_device(self.root_device)
         self.set_world_ranks()
         self._init_deepspeed_distributed()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import PositiveInt
 from torch import nn
 
@@ -124,7 +123,6 @@ def zero_settings(sizes: Sizes, prefetch_blocks: PositiveInt) -> dict[str, int]:
 
 def deepspeed_config(offload: Offload) -> dict[str, Any]:
     """The whole config, but for `zero_settings` and what Lightning adds: precision, clipping, accumulation."""
-    pinned = torch.cuda.is_available()  # page-locked memory copies at full speed, beside the arithmetic
     zero: dict[str, Any] = {
         "stage": 3,
         # Thousands of small gradients go into one bucket as they come, instead of fragmenting the memory.
@@ -143,10 +141,9 @@ def deepspeed_config(offload: Offload) -> dict[str, Any]:
         "memory_efficient_linear": False,
         # `round_robin_gradients` belongs to stages 1 and 2 and does nothing here.
     }
-    if offload.optimizer != "none":
-        zero["offload_optimizer"] = {"device": offload.optimizer, "pin_memory": pinned}
-    if offload.parameters != "none":
-        zero["offload_param"] = {"device": offload.parameters, "pin_memory": pinned}
+    for part, device in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters)):
+        if device != "none":  # page-locked memory copies at full speed, beside the arithmetic
+            zero[part] = {"device": device, "pin_memory": True}
     config: dict[str, Any] = {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW, element by element, is the same on a shard
