@@ -2,9 +2,9 @@
 
     python sharded_worker.py FOLDER MODE key=value …
 
-MODE `train` records: initial and final weights, at step `AT` the weights, the averaged gradient and every rank's
-micro-batches, later steps' micro-batches too. MODE `watch` trains with `callbacks.stability` alone: its tables are the
-record. MODE `build` stops after construction and records its memory.
+MODE `train` records: initial and final weights, at step `AT` (or the last, if that is earlier) the weights, the
+averaged gradient and every rank's micro-batches, later steps' micro-batches too. MODE `watch` trains with
+`callbacks.stability` alone: its tables are the record. MODE `build` stops after construction and records its memory.
 """
 
 import mvsplit  # noqa: F401 (before torch)
@@ -54,6 +54,10 @@ def gradient(parameter: nn.Parameter) -> Tensor:
     return grad.clone()
 
 
+def at(trainer: Trainer) -> int:
+    return min(AT, trainer.max_steps - 1)
+
+
 class Recorder(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,12 +72,12 @@ class Recorder(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: Any, batch: dict[str, Any], batch_idx: int) -> None:
         self.record["batches"].append({key: batch[key].clone() for key in ("image", "label", "position")})
-        if batch_idx == AT * trainer.accumulate_grad_batches:
+        if batch_idx == at(trainer) * trainer.accumulate_grad_batches:
             self.record["weights"] = self.weights(module)
 
     def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
         # DeepSpeed calls this at every micro-batch.
-        if trainer.fit_loop.epoch_loop.batch_idx + 1 == (AT + 1) * trainer.accumulate_grad_batches:
+        if trainer.fit_loop.epoch_loop.batch_idx + 1 == (at(trainer) + 1) * trainer.accumulate_grad_batches:
             self.record["gradient"] = {name: gradient(p) for name, p in module.network.named_parameters()}
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:

@@ -127,6 +127,49 @@ def test_two_ranks_train_what_one_process_trains(worker: Worker, strategy: str, 
         close(records[0]["gradient"], expected, 1e-5)
 
 
+# Without memory, and with an ε that makes Adam's step nearly the gradient: what bf16 does to one shows in the other.
+DEEP = ["model=tiny", "model.depth=200", "model.width=64", "model.num_heads=4", "data.batch_size=8",
+        "data.num_workers=0", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.gradient_clip_val=0.1",
+        "residual.writer_init=standard", "optim.warmup_steps=0", "optim.schedule=constant", "optim.lr=1",
+        "optim.betas=[0.0,0.0]", "optim.eps=1", "optim.weight_decay=0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp", "ddp_sim"])
+def test_a_step_in_bf16_is_that_of_a_float32_process(worker: Worker, strategy: str) -> None:
+    """200 blocks on two ranks in bf16-mixed: gradient and optimiser step of one float32 process with these weights.
+
+    The second step: in the first, the network's last layer is zero and hands no gradient on.
+    """
+    accumulate = 2 if strategy == "deepspeed" else 1
+    options = [f"trainer={strategy}", "trainer.precision=bf16-mixed", f"trainer.accumulate_grad_batches={accumulate}"]
+    records = worker("train", *DEEP, *options)
+    same(records[0]["final"], records[1]["final"])
+    assert all(batch["image"].dtype == torch.float32 for record in records for batch in record["batches"])
+
+    alone, before = built(*DEEP), records[0]["weights"]
+    alone.network.load_state_dict({name: weight.bfloat16().float() for name, weight in before.items()})
+    expected = average(alone, records, 1, accumulate)
+    found = records[0]["gradient"]
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    assert distance(found, expected, "qkv") < 0.02
+    assert distance(found, expected) < 0.02
+
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    clipped = {name: gradient * min(1.0, 0.1 / float(total)) for name, gradient in expected.items()}
+    step = {name: -gradient / (gradient.abs() + 1) for name, gradient in clipped.items()}
+    assert distance({name: weight - before[name] for name, weight in records[0]["final"].items()}, step) < 0.02
+
+
+def distance(actual: dict[str, Tensor], expected: dict[str, Tensor], part: str = "") -> float:
+    """Of all tensors whose name has this part, as one vector, relative to its norm."""
+    chosen = [name for name in expected if part in name]
+    difference, norm = (
+        torch.cat([value.double().flatten() for value in values])
+        for values in ([actual[n] - expected[n] for n in chosen], [expected[n] for n in chosen])
+    )
+    return float(difference.norm() / norm.norm())
+
+
 WATCHED = [
     ["trainer=deepspeed", "model.checkpointing.every=2", "trainer.accumulate_grad_batches=2"],
     ["trainer=ddp"],
