@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ class Bench:
     """That this case has started."""
     done: set[str] = field(default_factory=set)
     """Paths of the cases that have passed, with the present key."""
+    made: dict[str, Run] = field(default_factory=dict)
+    """Runs that cases needed of others which have not passed; by name, made once in this process."""
 
     @property
     def kind(self) -> str:
@@ -87,9 +90,20 @@ class Bench:
         self.jobs.append(Job(arguments, folder, self.deadline, name, **(threads | env)))
         return self.jobs[-1]
 
-    def kept(self, section: str, name: str) -> Run | None:
-        """The run of a case that has passed."""
-        return Run(self.folder / section / name) if f"{section}/{name}" in self.done else None
+    def run_of(self, section: str, name: str, overrides: Sequence[str]) -> Run:
+        """The run of a case that has passed; if it has not, or was not asked for, one made for the others.
+
+        Raises:
+            CaseError: if that fails.
+        """
+        path = f"{section}/{name}"
+        if path in self.done:
+            return Run(self.folder / section / name)
+        if path not in self.made:
+            place = self.folder / "made" / path
+            shutil.rmtree(place, ignore_errors=True)
+            self.made[path] = self.train(place, overrides, f"{section}_{place.name}").succeed()
+        return self.made[path]
 
 
 @dataclass(frozen=True)

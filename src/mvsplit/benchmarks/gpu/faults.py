@@ -40,15 +40,14 @@ def whole(bench: Bench, place: Path, name: str) -> Outcome:
     return Outcome({"saved": Saved(job.checkpoint()).verify().step == STEPS}, {"test_loss": job.test_loss()})
 
 
-def undisturbed(bench: Bench, place: Path, name: str) -> Run:
-    """That run; done in `place` if its case is not."""
-    kept = bench.kept("faults", f"{name}/undisturbed")
-    return kept or bench.train(place / "undisturbed", [*SHORT, *bench.of("faults")[name]], "undisturbed").succeed()
+def undisturbed(bench: Bench, name: str) -> Run:
+    """That run."""
+    return bench.run_of("faults", f"{name}/undisturbed", [*SHORT, *bench.of("faults")[name]])
 
 
 def kill(bench: Bench, place: Path, name: str) -> Outcome:
     """Killed with SIGKILL and gone on with `ckpt_path=last`: it ends as if nothing had been."""
-    calm = undisturbed(bench, place, name)
+    calm = undisturbed(bench, name)
     overrides = [*SHORT, *bench.of("faults")[name]]
     job = bench.train(place, overrides, "killed")
     job.until(lambda: job.saved_step() >= 2 * SAVE_EVERY, "the second save")
@@ -95,7 +94,7 @@ def signals(bench: Bench, place: Path, name: str) -> Outcome:
 
 def elsewhere(bench: Bench, place: Path, name: str) -> Outcome:
     """The second half of the run under the next strategy, and on the CPU: it ends at about the same loss."""
-    calm = undisturbed(bench, place, name)
+    calm = undisturbed(bench, name)
     others: dict[str, list[str]] = dict(bench.of("faults"))
     names = list(others)
     targets = {names[(names.index(name) + 1) % len(names)]}

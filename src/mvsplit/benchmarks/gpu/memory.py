@@ -138,7 +138,7 @@ def find_deepest(bench: Bench, place: Path, name: str) -> Outcome:
 
     low, high = bracket(trains, planned["largest"], sizes["tries"])
     figures = {"planned": planned["largest"], "trains": low, "does_not": high, "tried": [f"{d}" for d in tried]}
-    return Outcome({"as_deep_as_planned": low >= 0.85 * planned["largest"]}, figures)
+    return Outcome({"trains": low > 0, "as_deep_as_planned": low >= 0.85 * planned["largest"]}, figures)
 
 
 def bracket(trains: Callable[[int], bool], guess: int, tries: int) -> tuple[int, int | None]:

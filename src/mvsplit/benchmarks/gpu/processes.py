@@ -56,7 +56,7 @@ def train(bench: Bench, place: Path, name: str) -> Outcome:
     except CaseError as error:
         raise _explain(bench, ranks, error) from None
     loss = ranks[0].test_loss()
-    figures = {"test_loss": loss, "apart": apart(loss, reference(bench, place).test_loss())}
+    figures = {"test_loss": loss, "apart": apart(loss, reference(bench).test_loss())}
     return Outcome({"loss_agrees": figures["apart"] <= bench.config["loss_tolerance"]}, figures)
 
 

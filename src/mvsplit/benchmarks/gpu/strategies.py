@@ -22,7 +22,7 @@ def train(bench: Bench, place: Path, name: str) -> Outcome:
     figures = {"test_loss": job.test_loss(), "steps_per_s": metrics["time/steps_per_s"]}
     checks = {}
     if name != next(iter(variants)):
-        figures["apart"] = apart(figures["test_loss"], reference(bench, place).test_loss())
+        figures["apart"] = apart(figures["test_loss"], reference(bench).test_loss())
         checks["loss_agrees"] = figures["apart"] <= bench.config["loss_tolerance"]
     if bench.kind == "cuda":
         figures["device_peak_gib"] = metrics.get("memory/device_peak_gib", 0.0)
@@ -30,11 +30,11 @@ def train(bench: Bench, place: Path, name: str) -> Outcome:
     return Outcome(checks, figures)
 
 
-def reference(bench: Bench, place: Path) -> Run:
-    """The run of the first strategy; trained in `place` if its case is not done.
+def reference(bench: Bench) -> Run:
+    """The run of the first strategy.
 
     Raises:
         CaseError: if it fails.
     """
     name, overrides = next(iter(bench.of("strategies").items()))
-    return bench.kept("strategies", name) or bench.train(place / "reference", overrides, "reference").succeed()
+    return bench.run_of("strategies", name, overrides)
