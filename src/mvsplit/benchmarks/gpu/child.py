@@ -20,7 +20,6 @@ import torch
 PLACES = {
     "machine": "child",
     "host_syncs": "on_device",
-    "precision": "on_device",
     "attention": "on_device",
     "spectral_norm": "on_device",
     "share": "share",

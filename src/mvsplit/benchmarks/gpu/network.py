@@ -1,5 +1,6 @@
 """Section `tests`: what one network does on the device; no training. The work itself is in `on_device.py`."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,6 @@ from pydantic import PositiveFloat, PositiveInt
 from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome, SkipError
 from mvsplit.benchmarks.gpu.jobs import CaseError
 from mvsplit.utils.runs import PROJECT_ROOT
-
-OUTPUT_LIMIT, GRADIENT_LIMIT = 0.015, 0.02
-"""Relative errors that bf16 may have at any depth: those of a trunk kept in float32 are below 1 %."""
 
 
 @dataclass
@@ -59,15 +57,20 @@ def syncs(bench: Bench, place: Path) -> Outcome:
 
 
 def precision(bench: Bench, place: Path) -> Outcome:
-    """Bf16 weights, and autocast, against the same weights in float32, at full depth."""
+    """`src/bench.py precision`: bf16 weights, and autocast, against the same weights in float32, at full depth."""
     c = bench.of("tests")
-    sizes = {key: c[key] for key in ("depth", "width", "num_heads", "batch_size")}
-    figures = bench.child(place, "precision", device=bench.kind, seed=bench.config["seed"], **sizes)
-    checks = {}
-    for way in ("bf16", "autocast"):
-        checks[f"{way}_output"] = figures[f"{way}_output"] <= OUTPUT_LIMIT
-        checks[f"{way}_gradient"] = figures[f"{way}_gradient"] <= GRADIENT_LIMIT
-    return Outcome(checks, figures)
+    sizes = [f"{key}={c[key]}" for key in ("width", "num_heads", "batch_size")]
+    options = [f"depths=[{c['depth']}]", f"device={bench.kind}", f"seed={bench.config['seed']}", "rounds=1", *sizes]
+    bench.script("bench.py", place, ["precision", *options]).succeed()
+    result = json.loads((place / "bench_precision.json").read_text())
+    (rows,) = result["networks"].values()
+    figures = {
+        f"{way.partition(',')[0]} {name}": rows[way][key]
+        for way in rows
+        if "=float32" in way
+        for name, key in {"output": "output", "W_qkv gradient": "qkv"}.items()
+    }
+    return Outcome({"within_limits": all(result["holds"].values())}, {"depth": c["depth"]} | figures)
 
 
 def attention(bench: Bench, place: Path) -> Outcome:

@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, D width, H heads, E head dimension.
 """
 
-import copy
 import functools
 import statistics
 import time
@@ -135,35 +134,6 @@ def _waits(work: Callable[[], object]) -> tuple[int, list[str]]:
         torch.cuda.set_sync_debug_mode("default")
     sites = Counter(f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in told if "synchroniz" in str(w.message))
     return max(1, sites.total()), [f"{site} × {count}" for site, count in sites.most_common(5)]
-
-
-# ---------------------------------------------------------------------- precision
-
-
-def precision(device: str, seed: int, depth: int, width: int, num_heads: int, batch_size: int) -> dict[str, float]:
-    """Relative errors of the output and of all W_qkv gradients against float32, from the same rounded weights."""
-    reference = make_network(depth, width, num_heads, device, seed)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.copy_(parameter.bfloat16())
-    torch.backends.cuda.matmul.allow_tf32 = False
-    x0, x1, t, condition = _inputs(batch_size, device)
-
-    def run(network: Any, autocast: bool) -> tuple[Tensor, Tensor]:
-        network.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            output = network(0.7 * x0 + 0.3 * x1, t, condition)
-        (output.float() - (x0 - x1)).square().mean().backward()
-        gradients = [block.attention.qkv.weight.grad.float().flatten() for block in network.blocks]
-        return output.detach().float(), torch.cat(gradients)
-
-    exact = run(reference, autocast=False)
-    found: dict[str, float] = {"depth": depth}
-    rounded = copy.deepcopy(reference).bfloat16()
-    for way, got in {"autocast": run(reference, True), "bf16": run(rounded, False)}.items():
-        errors = [float((a - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)]
-        found |= {f"{way}_output": errors[0], f"{way}_gradient": errors[1]}
-    return found
 
 
 # ---------------------------------------------------------------------- attention
