@@ -1,4 +1,4 @@
-"""Measure: `python src/bench.py data|depth|memory|precision|stability [key=value …]`, see `configs/bench_*.yaml`."""
+"""Measure: `python src/bench.py data|depth|gpu|memory|precision|stability [key=value …]`; `configs/bench_*.yaml`."""
 
 import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 import train
 from mvsplit.benchmarks import data, depth, memory, precision, stability
+from mvsplit.benchmarks.gpu import frame as gpu
 from mvsplit.training import run
 from mvsplit.utils import entry
 from mvsplit.utils.config import check_config, to_plain
@@ -40,6 +41,14 @@ def bench_depth(cfg: DictConfig) -> dict[str, Any]:
     config = to_plain(cfg)
     check_config(config, depth.Config)
     return depth.measure(config, Path(config["paths"]["output_dir"]))
+
+
+def bench_gpu(cfg: DictConfig) -> None:
+    """Try everything on this machine's GPU, as far as it is not done; exits with 1 if something failed."""
+    config = to_plain(cfg)
+    check_config(config, gpu.Config)
+    if not gpu.measure(config, Path(config["paths"]["output_dir"])):
+        sys.exit(1)
 
 
 def bench_memory(cfg: DictConfig) -> dict[str, Any]:
@@ -84,6 +93,7 @@ def train_overrides(hydra: Any, own: set[str]) -> list[str]:
 BENCHMARKS = {
     "data": bench_data,
     "depth": bench_depth,
+    "gpu": bench_gpu,
     "memory": bench_memory,
     "precision": bench_precision,
     "stability": bench_stability,

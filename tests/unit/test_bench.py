@@ -66,7 +66,7 @@ def test_all_figures_are_there_and_nothing_is_left(run_script: Run, tmp_path: Pa
 def test_an_unknown_benchmark_is_told_in_one_line() -> None:
     command = [sys.executable, str(SRC / "bench.py"), "memry"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    allowed = "allowed are data, depth, memory, precision, stability, as in `python src/bench.py data`"
+    allowed = "allowed are data, depth, gpu, memory, precision, stability, as in `python src/bench.py data`"
     assert (done.returncode, done.stderr) == (2, f"error: benchmark: 'memry' is none; {allowed}\n")
     with pytest.raises(UserError, match="none is named"):
         bench.split_command(["bench.py", "rounds=1"])

@@ -11,6 +11,7 @@ from conftest import compose_config
 import bench
 import encode
 from mvsplit.benchmarks import ablation, data, depth, memory, stability
+from mvsplit.benchmarks.gpu import frame as gpu
 from mvsplit.training import run
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.entry import plain_overrides
@@ -31,7 +32,8 @@ def test_every_command_has_a_valid_config(command: list[str]) -> None:
     if script == "bench.py":
         kind = bench.split_command(command[1:])[0]
         config = to_plain(compose_config("paths.output_dir=/x", *overrides[1:], name=f"bench_{kind}.yaml"))
-        check_config(config, {"data": data, "depth": depth, "memory": memory, "stability": stability}[kind].Config)
+        modules = {"data": data, "depth": depth, "gpu": gpu, "memory": memory, "stability": stability}
+        check_config(config, modules[kind].Config)
         return
     if script == "report.py":  # has no config
         return
