@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mvsplit.models.conditioning import ClassTokens
 from mvsplit.models.dit import DiT
 from mvsplit.models.layers import SwiGLU
-from mvsplit.models.recompute import Checkpointing, Schedule, choose, saved_bytes
+from mvsplit.models.recompute import Checkpointing, Schedule, choose, chunk_size, saved_bytes
 from mvsplit.models.residuals import LayerScale, MVSplit, PreNorm
 
 GIB = 2**30
@@ -194,6 +194,27 @@ def test_only_kept_inputs_are_offloaded() -> None:
     (_, kept), (_, left) = (saved_bytes(lambda m=m: m(z, torch.zeros(3), classes), m) for m in (here, there))
     trunk = 3 * 10 * 16 * 4
     assert kept - left == 3 * trunk  # three groups' inputs are someone else's to keep
+
+
+def test_places_in_host_memory_are_used_again_and_waste_little() -> None:
+    for size in (512, 1024, 68_157_440, 3 << 20, 1 << 30):
+        chunk = chunk_size(size)
+        assert chunk & (chunk - 1) == 0
+        assert 0.9 <= chunk // size * size / chunk <= 1
+        assert chunk <= 16 * size
+    made = network(every=3, offload=True)
+    host = made.checkpointing._host
+    expected = gradients(network(every=3))
+    for _ in range(3):  # the second and third step find the places of the first, with other numbers in them
+        found = gradients(made)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert {size: len(free) for size, free in host._free.items()} == {(2048, False): 3}  # one for each group
+    kept = [host.pack(torch.full((480,), float(i))) for i in range(3)]
+    assert len({t.host.data_ptr() for t in kept}) == 3
+    assert [host.unpack(t)[0].item() for t in kept] == [0, 1, 2]
+    number = len(host._free[2048, False])
+    del kept
+    assert len(host._free[2048, False]) == number + 3
 
 
 def test_a_budget_too_small_is_told(caplog: pytest.LogCaptureFixture) -> None:

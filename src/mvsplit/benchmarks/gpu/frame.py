@@ -199,6 +199,9 @@ def measure(config: dict[str, Any], output_dir: Path) -> bool:
     folder = Path(config["folder"]).resolve() / slug
     bench = Bench(config, machine, folder)
     everything = [case for make in SECTIONS.values() for case in make(bench)]
+    for case in everything:  # their folders are emptied: names must not lead out of ours
+        if not re.fullmatch(r"\w+(/\w+)+", case.path):
+            raise UserError(f"{case.path}: a name in {case.section} may hold letters, digits and _ alone")
     cases = chosen(everything, config["sections"])
     again = config["again"]
     anew = chosen(cases, again, "again") if isinstance(again, list) else cases if again is True else []
