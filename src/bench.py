@@ -57,7 +57,9 @@ def bench_memory(cfg: DictConfig) -> dict[str, Any]:
     check_config(config, memory.Config)
     run.check_together(config)
     own = {field.name for field in fields(memory.Config)} - {field.name for field in fields(run.TrainConfig)}
-    overrides = train_overrides(HydraConfig.get(), own | {"logger"})
+    hydra = HydraConfig.get()
+    check_experiment(hydra)
+    overrides = train_overrides(hydra, own | {"logger"})
     return memory.report(config, overrides, Path(config["paths"]["output_dir"]))
 
 
@@ -81,6 +83,17 @@ def bench_stability(cfg: DictConfig) -> dict[str, Any]:
     check_config(training, run.TrainConfig)
     run.check_together(training)
     return stability.measure(config, training, folder)
+
+
+def check_experiment(hydra: Any) -> None:
+    """Raise `UserError` if groups of `bench_memory.yaml` would silently take the place of an experiment's."""
+    given = {override.partition("=")[0] for override in hydra.overrides.task}
+    missing = [f"{group}=…" for group in ("data", "model", "trainer") if group not in given]
+    if hydra.runtime.choices.get("experiment") and missing:
+        raise UserError(
+            f"experiment = {hydra.runtime.choices['experiment']}: the benchmark's own defaults would replace the"
+            f" experiment's groups; give {' '.join(missing)} as well"
+        )
 
 
 def train_overrides(hydra: Any, own: set[str]) -> list[str]:

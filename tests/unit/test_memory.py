@@ -1,6 +1,7 @@
 """The planner's arithmetic against the paper's sizes and by hand; its searches; its config."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +153,17 @@ def test_what_cannot_be_planned_is_told(overrides: list[str], message: str) -> N
 def test_its_config_is_checked(wrong: str) -> None:
     with pytest.raises(UserError, match=wrong.partition("=")[0].replace(".", r"\.")):
         composed(wrong)
+
+
+def test_an_experiments_groups_are_not_replaced_silently() -> None:
+    class Hydra:
+        runtime = SimpleNamespace(choices={"experiment": "imagenet256_400l"})
+        overrides = SimpleNamespace(task=["experiment=imagenet256_400l", "model=layers_400"])
+
+    with pytest.raises(UserError, match=r"experiment = imagenet256_400l: .* give data=… trainer=… as well"):
+        bench.check_experiment(Hydra)
+    Hydra.overrides.task += ["data=imagenet_latents", "trainer=deepspeed"]
+    bench.check_experiment(Hydra)
 
 
 def test_the_measured_run_is_the_planned_one() -> None:

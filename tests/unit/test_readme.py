@@ -10,7 +10,7 @@ from conftest import compose_config
 
 import bench
 import encode
-from mvsplit.benchmarks import ablation, data, depth, memory, stability
+from mvsplit.benchmarks import ablation, data, depth, memory, precision, stability
 from mvsplit.benchmarks.gpu import frame as gpu
 from mvsplit.training import run
 from mvsplit.utils.config import check_config, to_plain
@@ -32,7 +32,8 @@ def test_every_command_has_a_valid_config(command: list[str]) -> None:
     if script == "bench.py":
         kind = bench.split_command(command[1:])[0]
         config = to_plain(compose_config("paths.output_dir=/x", *overrides[1:], name=f"bench_{kind}.yaml"))
-        modules = {"data": data, "depth": depth, "gpu": gpu, "memory": memory, "stability": stability}
+        kinds = (data, depth, memory, precision, stability)
+        modules = {"gpu": gpu} | {module.__name__.rpartition(".")[2]: module for module in kinds}
         check_config(config, modules[kind].Config)
         return
     if script == "report.py":  # has no config

@@ -28,7 +28,7 @@ Segments = tuple[int, ...]
 
 def upcast(x: Tensor) -> Tensor:
     """The same numbers in float32, or in float64 if x is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def segment_mean(x: Tensor, segments: Segments, dtype: torch.dtype | None = None) -> Tensor:

@@ -60,7 +60,9 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if torch.is_autocast_enabled(x.device.type) else x.to(self.weight.dtype))
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.weight.dtype)
+        return super().forward(x)
 
 
 class SwiGLU(nn.Module):
