@@ -13,8 +13,8 @@ from conftest import compose_config
 
 from mvsplit.benchmarks.gpu import faults, frame, memory, processes
 from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome, SkipError
+from mvsplit.benchmarks.gpu.commands import CaseError, Command
 from mvsplit.benchmarks.gpu.faults import CALLBACKS
-from mvsplit.benchmarks.gpu.jobs import CaseError, Job
 from mvsplit.benchmarks.gpu.overlap import side_work
 from mvsplit.training import run
 from mvsplit.utils import config
@@ -210,7 +210,7 @@ def test_reading_processes_are_told_from_others(tmp_path: Path) -> None:
         "if pid == 0: time.sleep(60); os._exit(0)\n"
         "print(pid, flush=True); time.sleep(60)"
     )
-    job = Job(["-c", code], tmp_path, time.monotonic() + 30, "forks")
+    job = Command(["-c", code], tmp_path, time.monotonic() + 30, "forks")
     job.until(lambda: job.text.strip(), "the fork")
     job.until(lambda: len(job.family()) == 3, "the other one")
     time.sleep(0.2)  # the other one has become another program by now

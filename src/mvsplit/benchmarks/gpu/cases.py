@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mvsplit.benchmarks.gpu.jobs import CaseError, Job, Run
+from mvsplit.benchmarks.gpu.commands import CaseError, Command, Run
 from mvsplit.utils.runs import PROJECT_ROOT
 
 PACKAGE = "mvsplit.benchmarks.gpu"
@@ -37,7 +37,7 @@ class Bench:
     folder: Path
     deadline: float = math.inf
     """On the clock `time.monotonic`; of the case that is running."""
-    jobs: list[Job] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
     """That this case has started."""
     done: set[str] = field(default_factory=set)
     """Paths of the cases that have passed, with the present key."""
@@ -67,7 +67,7 @@ class Bench:
 
     def train(
         self, folder: Path, overrides: Sequence[str], name: str = "train", changed: bool = False, **env: str
-    ) -> Job:
+    ) -> Command:
         """Start `src/train.py` with this output folder; its log is `<name>.log` there.
 
         Args:
@@ -78,17 +78,17 @@ class Bench:
         own = [f"seed={self.config['seed']}", "logger=many_loggers", f"hydra.run.dir={folder}", *paths]
         return self.start([*script, *self.of("training"), *overrides, *own], folder, name, **env)
 
-    def script(self, script: str, folder: Path, overrides: Sequence[str]) -> Job:
+    def script(self, script: str, folder: Path, overrides: Sequence[str]) -> Command:
         """Start another of the scripts with this output folder."""
         own = [f"paths.log_dir={folder}", f"hydra.run.dir={folder}"]
         return self.start([str(PROJECT_ROOT / "src" / script), *overrides, *own], folder, Path(script).stem)
 
-    def start(self, arguments: Sequence[str], folder: Path, name: str, **env: str) -> Job:
+    def start(self, arguments: Sequence[str], folder: Path, name: str, **env: str) -> Command:
         """A Python command that ends with this case at the latest."""
         # On CPUs networks are small: more threads would only wait for one another.
         threads = {} if self.kind == "cuda" or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
-        self.jobs.append(Job(arguments, folder, self.deadline, name, **(threads | env)))
-        return self.jobs[-1]
+        self.commands.append(Command(arguments, folder, self.deadline, name, **(threads | env)))
+        return self.commands[-1]
 
     def run_of(self, section: str, name: str, overrides: Sequence[str]) -> Run:
         """The run of a case that has passed; if it has not, or was not asked for, one made for the others.

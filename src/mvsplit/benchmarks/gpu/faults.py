@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome
-from mvsplit.benchmarks.gpu.jobs import CaseError, Run, apart, states_apart
+from mvsplit.benchmarks.gpu.commands import CaseError, Run, apart, states_apart
 from mvsplit.training.folder import Saved
 
 STEPS, HALF, SAVE_EVERY = 40, 20, 4

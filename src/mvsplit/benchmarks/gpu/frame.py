@@ -21,7 +21,7 @@ from pydantic import PositiveFloat
 
 from mvsplit.benchmarks.gpu import faults, memory, network, processes, scripts, share, strategies
 from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome, SkipError
-from mvsplit.benchmarks.gpu.jobs import CaseError, DeadlineError
+from mvsplit.benchmarks.gpu.commands import CaseError, DeadlineError
 from mvsplit.benchmarks.gpu.table import report, told
 from mvsplit.training.run import Paths, locked
 from mvsplit.utils.console import say
@@ -60,20 +60,20 @@ class Variants:
 
 @dataclass
 class TestsConfig:
-    cuda: network.Sizes
-    cpu: network.Sizes
+    cuda: network.NetworkSizes
+    cpu: network.NetworkSizes
 
 
 @dataclass
 class MemoryConfig:
-    cuda: memory.Sizes
-    cpu: memory.Sizes
+    cuda: memory.MemorySizes
+    cpu: memory.MemorySizes
 
 
 @dataclass
 class ShareConfig:
-    cuda: share.Sizes
-    cpu: share.Sizes
+    cuda: share.ShareSizes
+    cpu: share.ShareSizes
 
 
 @dataclass
@@ -269,9 +269,9 @@ def run_case(case: Case, bench: Bench, end: float) -> dict[str, Any] | None:
     except Exception as error:  # a defect of ours must not stop the others
         status, outcome = "FAIL", Outcome(why=f"{type(error).__name__}: {error}")
     finally:
-        for job in bench.jobs:
+        for job in bench.commands:
             job.end()
-        bench.jobs.clear()
+        bench.commands.clear()
     why = " ".join(outcome.why.split())[:500]
     seconds = round(time.monotonic() - began, 1)
     return {"status": status, "why": why, "checks": outcome.checks, "figures": outcome.figures, "seconds": seconds}

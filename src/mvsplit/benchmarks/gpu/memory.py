@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from mvsplit.benchmarks import made
 from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome, SkipError
-from mvsplit.benchmarks.gpu.jobs import CaseError
+from mvsplit.benchmarks.gpu.commands import CaseError
 
 SAMPLES = 256
 FULL = 0.97
@@ -24,7 +24,7 @@ MEASURE = "mvsplit.benchmarks.gpu.callbacks.Measure"
 
 
 @dataclass
-class Sizes:
+class MemorySizes:
     """What is measured: all depths × strategies × modes."""
 
     network: list[str]

@@ -8,12 +8,12 @@ from pathlib import Path
 from pydantic import PositiveFloat, PositiveInt
 
 from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome, SkipError
-from mvsplit.benchmarks.gpu.jobs import CaseError
+from mvsplit.benchmarks.gpu.commands import CaseError
 from mvsplit.utils.runs import PROJECT_ROOT
 
 
 @dataclass
-class Sizes:
+class NetworkSizes:
     """Of the networks of this section."""
 
     depth: PositiveInt

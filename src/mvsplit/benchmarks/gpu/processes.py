@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome, SkipError
+from mvsplit.benchmarks.gpu.commands import CaseError, Command, apart
 from mvsplit.benchmarks.gpu.faults import ENDLESS, SAVE_EVERY
-from mvsplit.benchmarks.gpu.jobs import CaseError, Job, apart
 from mvsplit.benchmarks.gpu.strategies import reference
 from mvsplit.utils.rank_lines import LOST
 
@@ -28,7 +28,7 @@ def cases(bench: Bench) -> list[Case]:
     return both + [Case("two_processes", f"{name}/kill", partial(kill, name=name)) for name in names]
 
 
-def _start(bench: Bench, place: Path, overrides: list[str]) -> list[Job]:
+def _start(bench: Bench, place: Path, overrides: list[str]) -> list[Command]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -39,7 +39,7 @@ def _start(bench: Bench, place: Path, overrides: list[str]) -> list[Job]:
     return [bench.train(place, command, f"rank_{r}", True, RANK=str(r), GROUP_RANK=str(r), **env) for r in range(2)]
 
 
-def _explain(bench: Bench, ranks: list[Job], error: CaseError) -> Exception:
+def _explain(bench: Bench, ranks: list[Command], error: CaseError) -> Exception:
     """A lack of gloo is no failure of ours; on CPUs it lacks nothing."""
     for rank in ranks:
         rank.end()

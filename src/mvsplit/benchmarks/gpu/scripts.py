@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome
-from mvsplit.benchmarks.gpu.jobs import apart
+from mvsplit.benchmarks.gpu.commands import apart
 from mvsplit.benchmarks.gpu.strategies import reference
 
 

@@ -16,7 +16,7 @@ beside two groups of whole blocks."""
 
 
 @dataclass
-class Sizes:
+class ShareSizes:
     """Of the network and of the group."""
 
     depth: PositiveInt

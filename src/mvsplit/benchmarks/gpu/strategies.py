@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome
-from mvsplit.benchmarks.gpu.jobs import Run, apart
+from mvsplit.benchmarks.gpu.commands import Run, apart
 
 
 def cases(bench: Bench) -> list[Case]:

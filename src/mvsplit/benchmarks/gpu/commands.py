@@ -75,7 +75,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class Job(Run):
+class Command(Run):
     """A Python command that runs in a session of its own, so that all of its processes are known.
 
     Args:
@@ -190,7 +190,7 @@ class Job(Run):
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def succeed(self) -> "Job":
+    def succeed(self) -> "Command":
         """Wait for a good end.
 
         Raises:
