@@ -240,8 +240,11 @@ def test_watching_changes_no_bit() -> None:
             assert precision.relative(found[f"blocks.4.{weight}.weight"], parts) < 2**-8
 
 
-def test_a_compiled_block_takes_the_same_types() -> None:
-    plain, compiled = gradients(network()), gradients(network(compile=True))
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_compiled_block_takes_the_same_types(autocast: bool) -> None:
+    dtype = torch.float32 if autocast else HALF
+    with torch.autocast("cpu", HALF, enabled=autocast, cache_enabled=False):
+        plain, compiled = gradients(network(dtype)), gradients(network(dtype, compile=True))
     together = [torch.cat([g.flatten().float() for g in found.values()]) for found in (compiled, plain)]
     assert precision.relative(*together) < 0.01
 
