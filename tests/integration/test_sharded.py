@@ -150,7 +150,8 @@ def test_a_step_in_bf16_is_that_of_a_float32_process(worker: Worker, strategy: s
     alone.network.load_state_dict({name: weight.bfloat16().float() for name, weight in before.items()})
     expected = average(alone, records, 1, accumulate)
     found = records[0]["gradient"]
-    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    matrices = [gradient for name, gradient in found.items() if "qkv" in name]
+    assert not any(torch.equal(gradient, gradient.bfloat16().float()) for gradient in matrices)  # added up in float32
     assert distance(found, expected, "qkv") < 0.02
     assert distance(found, expected) < 0.02
 
