@@ -113,6 +113,34 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(composed, {"kind": "cpu", "name": "cpu", "torch": "?"}, tmp_path)
 
 
+def test_only_its_own_folder_is_emptied(bench: Bench, tmp_path: Path) -> None:
+    foreign = tmp_path / "theirs" / "cpu"
+    (foreign / "share" / "fsdp").mkdir(parents=True)
+    (foreign / "share" / "fsdp" / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="holds what this benchmark did not write"):
+        frame.own_folder(foreign)
+    bench.folder = tmp_path / "ours"
+    frame.own_folder(bench.folder)
+    (bench.folder / "share").symlink_to(foreign / "share")
+    result = frame.run_case(Case("share", "fsdp", lambda bench, place: Outcome()), bench, time.monotonic() + 60)
+    assert result is not None
+    assert result["status"] == "FAIL"
+    assert "is a link, or in one" in result["why"]
+    assert (foreign / "share" / "fsdp" / "thesis.tex").read_text() == "precious"
+    frame.own_folder(bench.folder)  # ours by now
+
+
+DAMAGED = ["", "{", "[1]", '{"cases": 5}', '{"cases": {"a/b": {"status": "PASS"}}}', "[" * 10**5]
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_file_of_results_is_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match="damaged, or not written by this benchmark"):
+        frame.read_results(file)
+
+
 def test_cases_are_chosen_by_section_and_pattern(bench: Bench) -> None:
     cases = [case for make in frame.SECTIONS.values() for case in make(bench)]
     assert frame.chosen(cases, None) == cases

@@ -40,6 +40,14 @@ SECTIONS: dict[str, Callable[[Bench], list[Case]]] = {
 }
 """In this order: what is cheap and tells most comes first."""
 ASKED_WITHIN_S = 300.0
+LARGEST_FILE = 16 << 20
+"""Bytes of a file of results."""
+RESULT: dict[str, Any] = {
+    "status": str, "why": str, "checks": dict, "figures": dict, "seconds": (int, float), "key": str,
+}  # fmt: skip
+"""What is kept of a case."""
+MARK = ".bench_gpu"
+"""File in a folder that is ours to empty."""
 
 
 @dataclass
@@ -157,12 +165,32 @@ def key_of(case: Case, bench: Bench, code: str) -> str:
 # ---------------------------------------------------------------------- results
 
 
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """The cases in a file of results.
+
+    Raises:
+        UserError: if it is not such a file.
+    """
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError
+        cases = json.loads(path.read_text())["cases"]
+        if not all(result.keys() == RESULT.keys() for result in cases.values()):
+            raise ValueError
+        for result in cases.values():
+            if not all(isinstance(result[name], kind) for name, kind in RESULT.items()):
+                raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path}: damaged, or not written by this benchmark; move it away to begin anew") from None
+    return cases
+
+
 class Results:
     """What is known of each case, on disk after each change."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path, self.about = path, about
-        self.cases: dict[str, dict[str, Any]] = json.loads(path.read_text())["cases"] if path.exists() else {}
+        self.cases: dict[str, dict[str, Any]] = read_results(path) if path.exists() else {}
 
     def put(self, case: Case, result: dict[str, Any]) -> None:
         self.cases[case.path] = result
@@ -205,7 +233,7 @@ def measure(config: dict[str, Any], output_dir: Path) -> bool:
     cases = chosen(everything, config["sections"])
     again = config["again"]
     anew = chosen(cases, again, "again") if isinstance(again, list) else cases if again is True else []
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     with locked(folder):
         code = code_version()
         results = Results(folder / "results.json", machine | {"code": code})
@@ -217,6 +245,19 @@ def measure(config: dict[str, Any], output_dir: Path) -> bool:
         rows = [(case, results.done(case, key_of(case, bench, code))) for case in cases]
         report(rows, machine, folder)
     return not any(result is not None and result["status"] == "FAIL" for _, result in rows)
+
+
+def own_folder(folder: Path) -> None:
+    """Make a device's folder, in which folders are emptied later, and mark it as ours.
+
+    Raises:
+        UserError: if it holds something and is not marked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / MARK).exists():
+        if any(folder.iterdir()):
+            raise UserError(f"folder = {folder.parent}: {folder} holds what this benchmark did not write; take another")
+        (folder / MARK).touch()
 
 
 def _run(cases: list[Case], everything: list[Case], bench: Bench, results: Results, code: str) -> None:
@@ -254,6 +295,8 @@ def run_case(case: Case, bench: Bench, end: float) -> dict[str, Any] | None:
     try:
         if case.needs_gpu and bench.kind != "cuda":
             raise SkipError("needs a GPU")
+        if place.resolve() != bench.folder / case.section / case.name:
+            raise CaseError(f"{place} is a link, or in one")
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         outcome = case.run(bench, place)
