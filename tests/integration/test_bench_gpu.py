@@ -16,6 +16,7 @@ from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome, SkipError
 from mvsplit.benchmarks.gpu.commands import CaseError, Command
 from mvsplit.benchmarks.gpu.faults import CALLBACKS
 from mvsplit.benchmarks.gpu.overlap import side_work
+from mvsplit.benchmarks.gpu.results import read_results
 from mvsplit.training import run
 from mvsplit.utils import config
 from mvsplit.utils.config import check_config, to_plain
@@ -138,7 +139,7 @@ def test_a_damaged_file_of_results_is_one_line(tmp_path: Path, text: str) -> Non
     file = tmp_path / "results.json"
     file.write_text(text)
     with pytest.raises(UserError, match="damaged, or not written by this benchmark"):
-        frame.read_results(file)
+        read_results(file)
 
 
 def test_cases_are_chosen_by_section_and_pattern(bench: Bench) -> None:
