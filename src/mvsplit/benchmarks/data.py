@@ -187,7 +187,8 @@ def image_set(folder: Path, config: dict[str, Any]) -> MadeSet:
 def train_loader(data: ShardDataModule, step: int = 0) -> DataLoader:
     """The very loader that training reads, `step` optimiser steps into a run."""
     asked = {"world_size": 1, "global_rank": 0, "local_rank": 0, "accumulate_grad_batches": 1, "max_steps": ENDLESS}
-    data.trainer = SimpleNamespace(global_step=step, **asked)  # type: ignore[assignment]
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))  # batches stay in host memory
+    data.trainer = SimpleNamespace(global_step=step, strategy=strategy, **asked)  # type: ignore[assignment]
     return data.train_dataloader()
 
 
