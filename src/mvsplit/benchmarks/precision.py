@@ -143,6 +143,8 @@ class Contestant:
         dtype, trunk = WAYS.get(way, (torch.float32, "float32"))
         network: Any = copy.deepcopy(case.network)
         network.trunk = trunk
+        for block in network.blocks:
+            block.compiled = None  # the copied block's would still run the original's weights
         self.network = network.to(dtype)
         self.inputs = case.inputs
         self.device = case.inputs[0].device
@@ -228,12 +230,13 @@ def measure(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     on_gpu = config["device"] == "cuda" or (config["device"] == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if on_gpu else "cpu")
     result: dict[str, Any] = {"machine": _machine(device), "networks": {}}
+    if config["ckpt_path"] is not None:  # first, since it may be missing or damaged
+        path = find_checkpoint(config["ckpt_path"], config["paths"]["log_dir"])
+        name, case = trained(path, config, device)
     for depth in config["depths"]:
         say(f"{depth} blocks, fresh")
         result["networks"][f"{depth}, fresh"] = compare(fresh(depth, config, device), config["rounds"])
     if config["ckpt_path"] is not None:
-        path = find_checkpoint(config["ckpt_path"], config["paths"]["log_dir"])
-        name, case = trained(path, config, device)
         say(f"{name}: {path}")
         result["networks"][name] = compare(case, config["rounds"])
     result["holds"] = verdicts(result["networks"], config["limits"])

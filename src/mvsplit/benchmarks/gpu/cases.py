@@ -101,6 +101,8 @@ class Bench:
             return Run(self.folder / section / name)
         if path not in self.made:
             place = self.folder / "made" / path
+            if place.resolve() != place:
+                raise CaseError(f"{place} is a link, or in one")
             shutil.rmtree(place, ignore_errors=True)
             self.made[path] = self.train(place, overrides, f"{section}_{place.name}").succeed()
         return self.made[path]
