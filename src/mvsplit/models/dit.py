@@ -89,10 +89,10 @@ class DiT(nn.Module):
         checkpointing: which blocks' activations are computed again in the backward pass; None keeps everything.
         compile: compile a block, once for all of them; the whole network would take hours at a thousand.
         trunk: type of the trunk between two merges. `float32`: with a gain of 1/√depth the error of bfloat16 weights or
-            autocast then does not grow with depth (with a gain of 1 it does). `compute`: that of the branches, as in the
-            paper's kernels; each merge rounds it, and two thousand roundings are a random walk. Merges, norms, token
-            means, RoPE and QK-norm are computed in float32 either way, branches and their matrix products in the type of
-            the weights or of autocast.
+            autocast then does not grow with depth (with a gain of 1 it does). `compute`: that of the branches, as in
+            the paper's kernels; each merge rounds it, and two thousand roundings are a random walk. Merges, norms,
+            token means, RoPE and QK-norm are computed in float32 either way, branches and their matrix products in the
+            type of the weights or of autocast.
 
     Raises:
         ValueError: naming the key, for sizes that do not fit together.
