@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mvsplit.benchmarks.common import RoundsConfig
+from mvsplit.evaluation.pictures import best_device
 from mvsplit.flow.objective import velocity_loss
 from mvsplit.models.conditioning import ClassTokens
 from mvsplit.models.dit import DiT
@@ -108,11 +109,8 @@ def trained(path: Path, config: dict[str, Any], device: torch.device) -> tuple[s
     data.setup("validate")
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     batch = {name: value[: config["batch_size"]] for name, value in batch.items()}
-    x0 = batch["image"]
-    x1 = normal(saved.config["seed"], Stream.VAL_NOISE, batch["index"], x0.shape[1:])
-    inputs = (x0, x1, module.validation_times(batch["index"]), batch.get("condition", batch["label"]))
     name = f"{saved.config['model']['depth']}, trained for {saved.step} steps"
-    return name, Case.of(saved.network, inputs, device)
+    return name, Case.of(saved.network, module.validation_inputs(batch), device)
 
 
 # ----------------------------------------------------------------- measurement
@@ -227,8 +225,7 @@ def _gradient_error(result: Result, exact: Result, chosen: Callable[[str], bool]
 
 def measure(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """All figures, shown, written to `bench_precision.json` and returned."""
-    on_gpu = config["device"] == "cuda" or (config["device"] == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = best_device() if config["device"] == "auto" else torch.device(config["device"])
     result: dict[str, Any] = {"machine": _machine(device), "networks": {}}
     if config["ckpt_path"] is not None:  # first, since it may be missing or damaged
         path = find_checkpoint(config["ckpt_path"], config["paths"]["log_dir"])

@@ -62,7 +62,6 @@ class RankWatch(Callback):
             # What `_fail` and the line wait at most; an abort before would be neither status 75 nor name the lost rank.
             patience_s = 2 * self.timeout_s + GRACE_S + UNWIND_S + 20
             os.environ[NCCL_PATIENCE] = str(int(min(250 * patience_s, 2**29 - 1)))  # × 4 it must fit into an int
-            self._set_patience = True
         parent = os.environ.get(PARENT)
         if parent is not None or is_torchelastic_launched():
             end_with_parent(int(parent) if parent is not None else None)
@@ -161,13 +160,13 @@ def is_broken_collective(error: BaseException) -> bool:
     )
 
 
-def end_with_parent(parent: int | None) -> None:
-    """Have this process sent SIGTERM when the one that started it dies (Linux).
+def end_with_parent(parent: int | None, number: signal.Signals = signal.SIGTERM) -> None:
+    """Have this process sent a signal when the one that started it dies (Linux).
 
     Args:
-        parent: its pid, if it is known: it may have died already.
+        parent: its pid, if it is known: it may have died already. number: the signal.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if parent is not None and os.getppid() != parent:
         os._exit(LOST)

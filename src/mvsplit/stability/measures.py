@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mvsplit.kernels.merge_norm import upcast
+
 SQUARINGS = 12
 """Of MᵀM in `spectral_norm`: as many products of T × T matrices, which stand for 2¹² power iterations."""
 
 
 def _exact(x: Tensor) -> Tensor:
     """Float32 at least: half precision has too few digits for differences of tokens."""
-    return x.detach() if x.dtype == torch.float64 else x.detach().float()
+    return upcast(x.detach())
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -143,12 +143,16 @@ class FlowModule(L.LightningModule):
         t = (index % self.val_times + 0.5) / self.val_times
         return time_shift(t.float(), self.flow.time_shift)
 
-    def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss of each sample at its fixed time and noise, and the times: (B,), (B,)."""
+    def validation_inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x0, x1, t and condition of each sample: its fixed noise and time."""
         x0, index = batch["image"], batch["index"]
         x1 = normal(self.seed, Stream.VAL_NOISE, index, x0.shape[1:]).to(x0.dtype)
-        t = self.validation_times(index)
-        return velocity_loss(self.network, x0, x1, t, condition_of(batch)), t
+        return x0, x1, self.validation_times(index), condition_of(batch)
+
+    def validation_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss of each sample at its fixed time and noise, and the times: (B,), (B,)."""
+        x0, x1, t, condition = self.validation_inputs(batch)
+        return velocity_loss(self.network, x0, x1, t, condition), t
 
     def validation_step(self, batch: Batch, batch_idx: int, stage: str = "val") -> None:
         losses, t = self.validation_losses(batch)

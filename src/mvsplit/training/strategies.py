@@ -118,6 +118,7 @@ class FSDP2(_Sharded, ModelParallelStrategy):
     """
 
     precisions = ("32-true", "bf16-mixed")
+    bf16_mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
     def __init__(self, blocks_per_group: PositiveInt = 8) -> None:
         super().__init__(save_distributed_checkpoint=False)
@@ -132,8 +133,7 @@ class FSDP2(_Sharded, ModelParallelStrategy):
         self.precision_plugin = ShardedPrecision(precision)
         self.policy = MixedPrecisionPolicy()
         if precision == "bf16-mixed":
-            types = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-            self.policy = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
+            self.policy = self.bf16_mixed
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:

@@ -28,6 +28,18 @@ class Outcome:
     why: str = ""
 
 
+def make_empty(place: Path) -> None:
+    """Make a folder of ours, without what an earlier try left in it. place: an absolute path.
+
+    Raises:
+        CaseError: if a link leads elsewhere.
+    """
+    if place.resolve() != place:
+        raise CaseError(f"{place} is a link, or in one")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+
+
 @dataclass
 class Bench:
     """What cases know: the checked config, the machine (see `child.machine`), the folder of all results."""
@@ -101,9 +113,7 @@ class Bench:
             return Run(self.folder / section / name)
         if path not in self.made:
             place = self.folder / "made" / path
-            if place.resolve() != place:
-                raise CaseError(f"{place} is a link, or in one")
-            shutil.rmtree(place, ignore_errors=True)
+            make_empty(place)
             self.made[path] = self.train(place, overrides, f"{section}_{place.name}").succeed()
         return self.made[path]
 

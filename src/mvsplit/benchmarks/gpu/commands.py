@@ -4,7 +4,6 @@ Nothing here makes a CUDA context: whatever touches a GPU is a process of its ow
 """
 
 import csv
-import ctypes
 import math
 import os
 import signal
@@ -13,15 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+from mvsplit.callbacks.rank_watch import end_with_parent
 from mvsplit.training.folder import COMPLETE, Saved
 from mvsplit.utils.runs import PROJECT_ROOT
 
 LEFT_AFTER_S = 60.0
 """How long the other processes of a run may take to end once its first one has."""
 KILLED_WITHIN_S = 30.0
-PR_SET_PDEATHSIG = 1
 
 
 class CaseError(Exception):
@@ -69,12 +69,6 @@ class Run:
         return self.folder / "checkpoints" / name
 
 
-def _die_with_parent() -> None:
-    """In a new process: end when the one that started it does, however that ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 class Command(Run):
     """A Python command that runs in a session of its own, so that all of its processes are known.
 
@@ -95,7 +89,8 @@ class Command(Run):
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *arguments], cwd=folder, env=variables, stdin=subprocess.DEVNULL,
-                stdout=file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent,
+                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=partial(end_with_parent, None, signal.SIGKILL),
             )  # fmt: skip
 
     @property

@@ -8,7 +8,6 @@ crashes is a result like any other, and stops none.
 import hashlib
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from annotated_types import MinLen
 from pydantic import PositiveFloat
 
 from mvsplit.benchmarks.gpu import faults, memory, network, processes, scripts, share, strategies
-from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome, SkipError
+from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome, SkipError, make_empty
 from mvsplit.benchmarks.gpu.commands import CaseError, DeadlineError
 from mvsplit.benchmarks.gpu.results import Results
 from mvsplit.benchmarks.gpu.table import report, told
@@ -245,10 +244,7 @@ def run_case(case: Case, bench: Bench, end: float) -> dict[str, Any] | None:
     try:
         if case.needs_gpu and bench.kind != "cuda":
             raise SkipError("needs a GPU")
-        if place.resolve() != bench.folder / case.section / case.name:
-            raise CaseError(f"{place} is a link, or in one")
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
+        make_empty(place)
         outcome = case.run(bench, place)
         status = "PASS" if all(outcome.checks.values()) else "FAIL"
     except SkipError as reason:

@@ -47,7 +47,6 @@ def share(
     import torch
     from torch import distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from mvsplit.benchmarks.gpu.on_device import make_network
@@ -62,7 +61,7 @@ def share(
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     strategy = Lone(blocks_per_group)
     strategy._device_mesh = init_device_mesh(device, (ranks, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    strategy.policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    strategy.policy = FSDP2.bf16_mixed
     began = time.perf_counter()
     with strategy.model_sharded_context():
         network = make_network(depth, width, num_heads, device, seed)
