@@ -1,18 +1,33 @@
 """Mean-variance split residuals for very deep diffusion transformers (arXiv 2605.06169).
 
-Scripts import this package before torch and webdataset, because of the three things it does.
+Scripts import this package before torch and webdataset, because it sets variables that those read when imported.
 """
 
 import os
+from typing import TYPE_CHECKING, Any
 
-# For how long OpenMP threads spin when they wait for the next small operation, in turns of a loop. On an idle machine
-# this is as fast as spinning for ever; beside other load the default made steps many times slower.
+if TYPE_CHECKING:
+    from mvsplit.python import build as build
+    from mvsplit.python import compose as compose
+    from mvsplit.python import load_run as load_run
+
+# How long OpenMP threads spin while they wait for the next operation. On an idle machine this is as fast as spinning
+# forever; under load the default makes steps many times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-# WebDataset reads this when it is imported: no shell for `pipe:` addresses, no unpickling of members.
+# For WebDataset: no shell for `pipe:` addresses, no unpickling of members.
 os.environ.setdefault("WDS_SECURE", "1")
 
-# So does the library for gs:// addresses: its newer protocol does not survive the fork of a reading process.
+# For gs:// addresses: the newer protocol does not survive the fork of a worker process.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`from mvsplit import load_run` imports PyTorch, `import mvsplit` does not."""
+    if name not in ("build", "compose", "load_run"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mvsplit import python
+
+    return getattr(python, name)

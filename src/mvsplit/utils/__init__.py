@@ -1,1 +1,1 @@
-"""What the rest stands on: counter-based randomness, config checks, run folders, the console."""
+"""Shared by all: random numbers, config checks, run folders, loggers, the console."""

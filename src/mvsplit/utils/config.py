@@ -1,11 +1,11 @@
 """Check a composed config before anything is built, and build from it.
 
-There is no second description of what a config may hold: a node's `_target_` names a class, and the class's own
+There is no second description of what a config may contain: a node's `_target_` names a class, and the class's own
 annotated arguments are the schema (`PositiveInt`, `Literal[…]`, …). A class may add a static `check(…)` for values
-that must fit together; its arguments are taken from the node by name. Whatever is wrong ends in one `UserError`.
+that must fit together; its arguments are taken from the node by name. Any mistake raises one `UserError`.
 
-A `_target_` may name classes that `PACKAGES` define, the classes in `EXTERNAL` and the functions in `FUNCTIONS`: a
-config file from elsewhere cannot make the program call anything else. A fork that needs another one adds a line there.
+A `_target_` may name classes defined in `PACKAGES`, the classes in `EXTERNAL`, the functions in `FUNCTIONS` and the
+classes in the allow-list (`allowed.py`). A config file from elsewhere cannot call anything else.
 """
 
 import difflib
@@ -14,23 +14,31 @@ import inspect
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import hydra
+import yaml
+from annotated_types import Ge, Lt
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic_core import SchemaError
 
+from mvsplit.utils.allowed import MORE, owners_list
 from mvsplit.utils.errors import UserError
+
+Seed = Annotated[int, Ge(0), Lt(1 << 63)]
 
 PACKAGES = (
     "mvsplit.callbacks.",
     "mvsplit.data.",
+    "mvsplit.evaluation.dinov2.",
+    "mvsplit.evaluation.feature_networks.",
     "mvsplit.flow.",
     "mvsplit.models.",
+    "mvsplit.stability.thresholds.",
     "mvsplit.training.",
     "mvsplit.utils.loggers.",
 )
@@ -43,10 +51,32 @@ EXTERNAL = {
     "lightning.pytorch.loggers.CSVLogger",
     "lightning.pytorch.strategies.DDPStrategy",
 }
-FUNCTIONS = {  # with `_partial_: true`: handed on, not called while building
+FUNCTIONS = {  # with `_partial_: true`: passed as arguments, not called while building
     "mvsplit.data.digits.write_digits",
     "mvsplit.data.imagenet.unpack_imagenet",
 }
+NOT_SUPPORTED = {
+    "trainer.max_epochs": "trainer.max_steps",
+    "trainer.min_epochs": "trainer.max_steps",
+    "trainer.limit_train_batches": "trainer.max_steps",
+    "trainer.overfit_batches": "data.overfit_samples",
+}
+"""Lightning's keys that are not supported, because runs are counted in optimiser steps, and what to use instead."""
+STRICTER: dict[str, dict[str, Any]] = {
+    "lightning.pytorch.Trainer": {
+        "max_steps": PositiveInt,
+        "devices": PositiveInt | list[NonNegativeInt] | Literal["auto"],
+        "num_nodes": PositiveInt,
+        "precision": Any,  # depends on the strategy: `settings.check_together`
+        "accumulate_grad_batches": PositiveInt,
+        "val_check_interval": PositiveInt,
+        "log_every_n_steps": PositiveInt,
+        "gradient_clip_val": NonNegativeFloat | None,
+        "check_val_every_n_epoch": None,
+        "use_distributed_sampler": Literal[False],
+    }
+}
+"""Types that replace a class's own; checked before its module is imported."""
 HYDRA_KEYS: dict[str, Any] = {
     "_target_": str,
     "_partial_": bool,
@@ -60,14 +90,20 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     """The config as plain dicts and lists, interpolations resolved.
 
     Raises:
-        UserError: for a missing mandatory value or an interpolation that leads nowhere.
+        UserError: for a missing mandatory value or an interpolation that cannot be resolved.
     """
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
+        line = str(error).splitlines()[0]
+        ours = line.partition("UserError raised while resolving interpolation: ")[2]  # from one of our resolvers
+        raise UserError(ours or f"{error.full_key or 'config'}: {line}") from error
     assert isinstance(plain, dict)
     return typing.cast(dict[str, Any], plain)
+
+
+def to_yaml(config: dict[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
 def check_config(config: dict[str, Any], schema: type, path: str = "") -> None:
@@ -78,40 +114,58 @@ def check_config(config: dict[str, Any], schema: type, path: str = "") -> None:
     """
     hints = typing.get_type_hints(schema, include_extras=True)
     for key in hints:
-        if key not in config:
+        if key not in config and not hasattr(schema, key):  # keys with a default: some saved runs are older
             raise UserError(f"{path}{key}: missing from the config")
     for key, value in config.items():
         if key not in hints:
             raise UserError(f"{path}{key}: {describe_unknown(key, hints)}")
-        if is_dataclass(hints[key]) and isinstance(value, dict):
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{path}{key} = {value!r}: must be a group of keys")
             check_config(value, typing.cast(type, hints[key]), f"{path}{key}.")
         else:
             check_value(f"{path}{key}", value, hints[key])
-    for key in hints:  # in the schema's order: parts before the nodes that repeat them by interpolation
-        _check_tree(f"{path}{key}", config[key])
+    for key in hints:  # in the schema's order: parts come before the nodes that include them by interpolation
+        check_tree(f"{path}{key}", config.get(key))
 
 
-def _check_tree(path: str, value: Any) -> None:
+def to_checked(cfg: DictConfig, schema: type) -> dict[str, Any]:
+    """`to_plain` and `check_config` in one."""
+    config = to_plain(cfg)
+    check_config(config, schema)
+    return config
+
+
+def check_tree(path: str, value: Any) -> None:
+    """Check every node in a value against the class that it names.
+
+    Raises:
+        UserError: one line with the key, its value and what is allowed.
+    """
     if isinstance(value, dict):
-        # The parts first: their errors are nearer to the key that the user wrote.
+        # Children first: their errors are closer to the key that the user wrote.
         for key, child in value.items():
-            _check_tree(f"{path}.{key}", child)
+            check_tree(f"{path}.{key}", child)
         if "_target_" in value:
             _check_node(path, value)
     elif isinstance(value, list):
         for number, child in enumerate(value):
-            _check_tree(f"{path}.{number}", child)
+            check_tree(f"{path}.{number}", child)
     elif isinstance(value, str) and "${" in value:
-        # A composed config is resolved. Building would resolve this one, into a node that was never checked.
-        raise UserError(f"{path} = {value}: an interpolation cannot stand here")
+        # The config is already resolved. Building would resolve this one into a node that was never checked.
+        raise UserError(f"{path} = {value}: an interpolation is not allowed here")
 
 
 def _check_node(path: str, node: dict[str, Any]) -> None:
+    stricter = STRICTER.get(str(node["_target_"]), {})
+    for key, hint in stricter.items():
+        if key in node:
+            check_value(f"{path}.{key}", node[key], hint)
     target = locate(node["_target_"], path)
     partial = node.get("_partial_", False)
     if not inspect.isclass(target) and partial is not True:
-        raise UserError(f"{path}._partial_ = {partial}: true is needed, {node['_target_']} is a function")
-    provided: frozenset[str] = getattr(target, "provided", frozenset())  # arguments that the network fills in
+        raise UserError(f"{path}._partial_ = {partial}: must be true, since {node['_target_']} is a function")
+    provided: frozenset[str] = getattr(target, "provided", frozenset())  # arguments that the network supplies
     hints, required, open_ended = parameters_of(target)
     for key, hint in HYDRA_KEYS.items():
         if key in node:
@@ -123,13 +177,13 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
                 continue
             raise UserError(f"{path}.{key} = {value!r}: {describe_unknown(key, hints)}")
         if key in provided:
-            raise UserError(f"{path}.{key} = {value!r}: comes from the network, it cannot be set here")
-        if not (isinstance(value, dict) and "_target_" in value):
+            raise UserError(f"{path}.{key} = {value!r}: supplied by the network and cannot be set here")
+        if key not in stricter and not (isinstance(value, dict) and "_target_" in value):
             check_value(f"{path}.{key}", value, hints[key])
     if inspect.isclass(target):
         for key in required:
             if key not in given and key not in provided:
-                raise UserError(f"{path}.{key}: missing, {target.__name__} needs it")
+                raise UserError(f"{path}.{key}: missing; {target.__name__} needs it")
     check = getattr(target, "check", None)
     if check is not None:
         names = inspect.signature(check).parameters
@@ -138,14 +192,15 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
 
 
 def locate(name: Any, path: str) -> Callable[..., Any]:
-    """The class or function that a `_target_` names, if it is one that configs may name.
+    """The class or function that a `_target_` names.
 
     Raises:
         UserError: if it does not exist or is not allowed.
     """
-    listed = EXTERNAL | FUNCTIONS
-    allowed = [*(f"classes of {package.removesuffix('.')}" for package in PACKAGES), *sorted(listed)]
-    refused = UserError(f"{path}._target_ = {name}: allowed are {', '.join(allowed)}")
+    owners = set(owners_list().targets)
+    listed = EXTERNAL | FUNCTIONS | owners
+    allowed = [*(f"a class of {package.removesuffix('.')}" for package in PACKAGES), *sorted(listed)]
+    refused = UserError(f"{path}._target_ = {name}: must be {', '.join(allowed)}; {MORE}")
     if not isinstance(name, str) or not (name in listed or name.startswith(PACKAGES)):
         raise refused
     module, _, attribute = name.rpartition(".")
@@ -153,16 +208,21 @@ def locate(name: Any, path: str) -> Callable[..., Any]:
         target = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{path}._target_ = {name}: not found ({error})") from error
-    # What a module of ours merely imported (os, torch.load …) is not ours.
+    # What our modules merely import (os, torch.load …) is not allowed.
     if name not in listed and not (inspect.isclass(target) and f"{target.__module__}.".startswith(PACKAGES)):
         raise refused
+    if name in owners and not inspect.isclass(target):
+        raise UserError(f"{path}._target_ = {name}: must be a class; the allow-list cannot name functions")
     return target
 
 
 def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, Any], list[str], bool]:
-    """Arguments a target takes, with their types; those it requires; whether it takes any others.
+    """Arguments of a target.
 
-    A constructor with `**kwargs` hands them on to the next class above it, whose arguments then count too.
+    A constructor with `**kwargs` passes them to the next class in the MRO, whose arguments are then included.
+
+    Returns:
+        The types by name, the required names, and whether other names are accepted.
     """
     hints: dict[str, Any] = {}
     required: list[str] = []
@@ -201,36 +261,41 @@ def check_value(path: str, value: Any, hint: Any) -> None:
     try:
         adapter = TypeAdapter(hint, config=_STRICT)
     except (PydanticUserError, SchemaError, TypeError, NameError):
-        return  # not a type that data can have: a protocol or another built object
+        return  # not a type that YAML can hold: a protocol or another built object
     try:
         adapter.validate_python(value)
     except ValidationError as error:
         problems = list(dict.fromkeys(_allowed(item) for item in error.errors()))
-        raise UserError(f"{path} = {value!r}: {' or '.join(problems)}") from None
+        if len(problems) > 1:
+            each = [problem.removeprefix("must be ") for problem in problems]
+            problems = [f"must be {', '.join(each[:-1])} or {each[-1]}"]
+        raise UserError(f"{path} = {value!r}: {problems[0]}") from None
 
 
 def _allowed(item: Any) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind == "literal_error":
-        return f"allowed are {context['expected']}"
+        return f"must be {context['expected']}"
     if kind == "callable_type" or kind == "is_instance_of":
-        return "a node with a _target_ is needed"
-    return item["msg"].replace("Input should be", "must be").replace("valid ", "")
+        return "must be a node with a _target_"
+    return (
+        item["msg"].replace("Input should be", "must be").replace("a valid integer", "an integer").replace("valid ", "")
+    )
 
 
 def describe_unknown(key: Any, known: Iterable[Any]) -> str:
-    """What to tell about a key that is not one of the known."""
+    """Message for a key that is not among the known ones."""
     known = [str(name) for name in known if name not in HYDRA_KEYS]
     close = difflib.get_close_matches(str(key), known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"unknown key; {hint}allowed are {', '.join(sorted(known))}"
+    return f"unknown key; {hint}allowed: {', '.join(sorted(known))}"
 
 
 def build(node: Any) -> Any:
-    """Build a checked node: plain arguments in, objects out; null gives None.
+    """Build the object that a checked node describes; null gives None.
 
     Raises:
-        UserError: what the class refused.
+        UserError: if the class rejects its arguments.
     """
     if node is None:
         return None
@@ -245,5 +310,5 @@ def build(node: Any) -> Any:
 
 
 def build_each(nodes: dict[str, Any] | None) -> list[Any]:
-    """Build the entries of a group such as callbacks; null entries are switched off."""
+    """Build the entries of a group such as callbacks; null entries are left out."""
     return [build(node) for node in (nodes or {}).values() if node is not None]

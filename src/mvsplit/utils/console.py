@@ -1,4 +1,4 @@
-"""What the user reads while and after something runs."""
+"""Console output: lines, tables and progress."""
 
 import logging
 import sys
@@ -17,24 +17,24 @@ from rich.table import Table
 T = TypeVar("T")
 
 
-def say(text: str) -> None:
+def info(text: str) -> None:
     """One plain line, on the console and in the run's text log."""
     logging.getLogger("mvsplit").info(text)
 
 
 @lru_cache(maxsize=1000)
-def say_once(text: str) -> None:
-    """The same, unless it was said before."""
-    say(text)
+def info_once(text: str) -> None:
+    """The same, unless this text was logged before."""
+    info(text)
 
 
 def console() -> Console:
-    """A console on the present standard output (tests and sweeps exchange it)."""
+    """A console on the current standard output, which tests and sweeps replace."""
     return Console(file=sys.stdout)
 
 
 def track(items: Sequence[T], description: str) -> Iterable[T]:
-    """Iterate with a progress bar and time left; short work shows none."""
+    """Iterate with a progress bar and the time left; without one for few items."""
     if len(items) < 8:
         return items
     return rich_track(items, description, console=console())
@@ -44,13 +44,16 @@ def track(items: Sequence[T], description: str) -> Iterable[T]:
 def progress(
     description: str, total: int, done: int = 0, line_every_s: float = 15.0
 ) -> Iterator[Callable[[int], None]]:
-    """How far a long work is, with the time left: a bar, or where the output is no terminal a line every so often.
+    """Progress of long work, with the time left: a bar, or regular lines if the output is not a terminal.
 
     Args:
-        total: things to do. done: of them, before this run.
+        description: of the work.
+        total: number of items.
+        done: number of items done earlier.
+        line_every_s: seconds between two lines.
 
     Yields:
-        A function to call with the number of things done since its last call.
+        A function to call with the number of items done since the last call.
     """
     out = console()
     if out.is_terminal:
@@ -69,7 +72,7 @@ def progress(
         if count and now - last_line > line_every_s:
             last_line = now
             left = timedelta(seconds=round((now - began) / (now_done - done) * (total - now_done)))
-            say(f"{description}: {now_done}/{total}, about {left} left")
+            info(f"{description}: {now_done}/{total}, about {left} left")
 
     yield advance
 
@@ -85,7 +88,7 @@ def show_table(title: str, rows: dict[str, str]) -> None:
 
 
 def print_table(table: Table, markup: bool = True) -> None:
-    """Print a table, in a log without the folding that a narrow terminal needs."""
+    """Print a table; in a log it is not folded to the width of a terminal."""
     out = console()
     if not out.is_terminal:
         out.width = 200

@@ -1,9 +1,9 @@
-"""Errors that a user can mend."""
+"""Errors that a user can fix."""
 
 
 class UserError(ValueError):
-    """Something in the user's configuration, files or machine is wrong; the message says what, in one line."""
+    """A mistake in the user's config, files or machine; its message is one line."""
 
 
 class AgreedError(UserError):
-    """The same on all ranks, which have agreed on it; the first tells it for all."""
+    """A mistake that all ranks have agreed on; rank 0 reports it for all."""

@@ -1,4 +1,4 @@
-"""What processes that work for another one have in common."""
+"""Setup of worker processes."""
 
 import multiprocessing
 import os
@@ -7,13 +7,13 @@ import threading
 
 
 def serve_parent() -> None:
-    """In a process started by another: leave Ctrl-C to that one, and end when it does, however it ends."""
+    """In a worker process: leave Ctrl-C to the parent, and end when the parent ends, however it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_it() -> None:
+    def end_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=end_with_it, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -1,7 +1,7 @@
 """Random numbers as a pure function of (seed, stream, index): nothing to save, nothing to replay after a resume.
 
-A stateful generator makes noise depend on how a batch was cut, on how many devices there are and on whether the run
-was interrupted. Here sample number `index` gets the same numbers wherever and whenever it is asked for.
+With a stateful generator, noise depends on how a batch is split, on the number of devices and on interruptions. Here
+sample number `index` gets the same numbers on any device and at any time.
 
 The mixing function is splitmix64 (Steele, Lea and Flood, 2014). Integers wrap modulo 2⁶⁴.
 """
@@ -9,21 +9,20 @@ The mixing function is splitmix64 (Steele, Lea and Flood, 2014). Integers wrap m
 import math
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Annotated
 
 import torch
-from annotated_types import Ge, Lt
 from torch import Tensor
 
-Seed = Annotated[int, Ge(0), Lt(1 << 63)]
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX2 = 0x94D049BB133111EB - (1 << 64)
 _64_BITS = (1 << 64) - 1
+NO_FLOAT64 = {"mps"}
+"""Types of devices for which the CPU computes the numbers."""
 
 
 class Stream(IntEnum):
-    """What the numbers are for. Each purpose has numbers of its own."""
+    """Purpose of the numbers; each has its own sequence."""
 
     SHUFFLE = 1
     TRAIN_NOISE = 2
@@ -37,6 +36,7 @@ class Stream(IntEnum):
     VAL_LATENT = 10
     SUBSTITUTE = 11
     SHARD_SHUFFLE = 12
+    SAMPLE_LABEL = 13
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -44,7 +44,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def mix(x: Tensor) -> Tensor:
-    """Splitmix64's output function on int64 tensors: a bijection that scatters neighbouring integers."""
+    """Splitmix64's output function on int64 tensors, a bijection."""
     x = x + _GOLDEN
     x = (x ^ _shift_right(x, 30)) * _MIX1
     x = (x ^ _shift_right(x, 27)) * _MIX2
@@ -53,18 +53,25 @@ def mix(x: Tensor) -> Tensor:
 
 def bits(seed: int, stream: Stream, index: Tensor, count: int) -> Tensor:
     """64 random bits per entry: (B,) int64 indices → (B, count) int64."""
-    # The key in Python's integers: as a tensor it would be copied to the device, and the host would wait for that.
-    row = mix(mix(index.to(torch.int64)) ^ _signed(_mix(_mix(seed) + int(stream))))[:, None]
+    # The key in Python's integers: a tensor would be copied to the device, and the host would wait.
+    key = _mix(_mix(seed) + int(stream))  # unsigned; below as the int64 of the same bits
+    row = mix(mix(index.to(torch.int64)) ^ (key - (key >> 63 << 64)))[:, None]
     return mix(row + torch.arange(count, device=index.device) * _GOLDEN)
 
 
 def uniform(seed: int, stream: Stream, index: Tensor, count: int = 1) -> Tensor:
-    """Uniform on (0, 1), float64: (B,) → (B, count)."""
-    return (_shift_right(bits(seed, stream, index, count), 11).double() + 0.5) * 2.0**-53
+    """Uniform on (0, 1), float64, on MPS float32: (B,) → (B, count)."""
+    numbers = (_shift_right(bits(seed, stream, _host(index), count), 11).double() + 0.5) * 2.0**-53
+    return numbers.float().clamp_(max=1 - 2**-24).to(index.device) if index.device.type in NO_FLOAT64 else numbers
+
+
+def _host(index: Tensor) -> Tensor:
+    """The index on the CPU if its device has no float64."""
+    return index.cpu() if index.device.type in NO_FLOAT64 else index
 
 
 def uniform_at(seed: int, stream: Stream, index: int) -> float:
-    """`uniform` for one index in Python's integers: eighty times as fast as tensors of one entry."""
+    """`uniform` for one index, in Python's integers: eighty times as fast as with a tensor of one entry."""
     bits = _mix(_mix(_mix(_mix(seed) + int(stream)) ^ _mix(index)))
     return ((bits >> 11) + 0.5) * 2.0**-53
 
@@ -76,18 +83,14 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
-
-
 def normal(seed: int, stream: Stream, index: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal, float32: (B,) → (B, *shape), by Box and Muller's transform of pairs of uniforms."""
     count = math.prod(shape)
     half = (count + 1) // 2
-    u, angle = uniform(seed, stream, index, 2 * half).chunk(2, dim=1)  # (B, half) each
+    u, angle = uniform(seed, stream, _host(index), 2 * half).chunk(2, dim=1)  # (B, half) each
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * angle
     draws = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
-    return draws.float().reshape(-1, *shape)
+    return draws.float().reshape(-1, *shape).to(index.device)
 
 
 def permutation(seed: int, epoch: int, length: int) -> Tensor:
@@ -97,5 +100,5 @@ def permutation(seed: int, epoch: int, length: int) -> Tensor:
 
 
 def step_seed(seed: int, position: int) -> int:
-    """Seed for the stateful global generator at one place of the training stream (dropout layers of forks)."""
+    """Seed of the stateful global generator at a position of the training stream (for dropout layers of forks)."""
     return int(bits(seed, Stream.STEP, torch.tensor([position]), 1)) & ((1 << 63) - 1)
