@@ -1,72 +1,70 @@
-"""The one DataModule: shards in, batches of the endless training stream out."""
+"""The Lightning data module: shards in, batches of the endless training stream out."""
 
-import hashlib
-import os
-import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning as L
-import torch
 from annotated_types import Len
 from pydantic import NonNegativeInt, PositiveInt
-from torch.utils.data import DataLoader
 
 from mvsplit.data.faults import FaultCounts, FaultPolicy, Finding
-from mvsplit.data.formats import Format
-from mvsplit.data.index import Layout, ShardIndex, clean_folder, load_index, read_manifest
+from mvsplit.data.folder_scan import load_folder_index
+from mvsplit.data.folders import class_folders
+from mvsplit.data.formats import Batch, Format
+from mvsplit.data.index import Index, ShardIndex, lost_samples
+from mvsplit.data.indexing import check_classes, load_index
+from mvsplit.data.latent_space import LatentSpace
 from mvsplit.data.order import StreamBatches, StreamOrder
-from mvsplit.data.pipeline import COSTS, WebDatasetStream
-from mvsplit.data.prefetch import Prefetcher
-from mvsplit.data.reader import ShardReader, collate
-from mvsplit.data.storage import Storage, expand_braces, is_remote
-from mvsplit.utils.console import say, say_once
+from mvsplit.data.reader import NO_TRAINER, LateLoader, ShardReader, StreamLoader, loader_options
+from mvsplit.data.remote import is_remote
+from mvsplit.data.shard_set import ShardSet
+from mvsplit.data.shard_writer import write_if_missing
+from mvsplit.data.storage import Storage
+from mvsplit.data.streaming import StreamedSource
+from mvsplit.data.training_sources import IndexedSource, TrainingSource, WindowedSource
+from mvsplit.utils.config import Seed
+from mvsplit.utils.console import info_once
 from mvsplit.utils.errors import AgreedError, UserError
-from mvsplit.utils.rng import Seed
 
-Batch = dict[str, Any]
 REMOTE_WINDOW = 16
-"""Shards mixed at a time where the cache does not hold all of them and nothing else was asked for."""
-
-
-class StreamLoader(DataLoader):
-    """A loader whose place is the trainer's step count: it has nothing of its own to save."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: `StreamBatches.first_step` knows."""
+"""Default number of shards of a remote set that are shuffled together."""
 
 
 class ShardDataModule(L.LightningDataModule):
-    """Samples with class labels, from tar shards (here or remote) or image folders.
+    """Samples with class labels, from local or remote tar shards, or from image folders.
 
     Batches: `image` (B, C, height, width) float32 as the network sees it, `label` (B,), `index` (B,) sample numbers,
     `position` (B,) places in the training stream, `weight` (B,) 0 for what validation must not count, else 1, and
     `caption` (a list of B strings) if the set has captions.
 
     Args:
-        folder: where the shards lie: a path, or an https, s3 or gs address. train, val: patterns of the two sets' names
-            below it, with * (not https) or {000..146}; with `layout=folders`, names of folders of class folders.
-        format: what a sample is (`data/formats.py`). storage: how remote shards are kept (`data/storage.py`).
-        faults: what damage means for the run (`data/faults.py`).
-        image_size: [height, width] of a sample. channels: of a sample. num_classes: labels are 0 … num_classes − 1.
+        folder: of the shards: a path, or an https, s3 or gs address.
+        format: what a sample is (`data/formats.py`).
+        storage: how remote shards are cached (`data/storage.py`).
+        image_size: [height, width] of a sample.
+        channels: of a sample.
+        num_classes: labels are 0 … num_classes − 1.
         batch_size: samples per optimiser step, over all devices and accumulated micro-batches.
-        layout: `shards` or `folders` (<folder>/<train>/<class>/<picture>).
+        faults: what damage means for the run (`data/faults.py`).
+        train: pattern of the training shards' names, with * (not https) or {000..146}; with `layout=folders`, the name
+            of the folder of class folders.
+        val: the same of the validation set.
+        layout: `shards` or `folders` (<folder>/<train>/<class>/<image>).
         reader: `index` reads any sample directly; `webdataset` streams sets too large to index, with fewer guarantees.
-        seed: of the order of samples. num_workers: reading processes per rank.
-        window: shards mixed at a time; 0 mixes all samples; null is 0, or 16 for remote sets larger than the cache.
-        prepare: called with the folder if it holds no training shards, to put some there.
-        overfit_samples: train and validate on only the first so many training samples; 0 takes all.
-        samples_per_shard, shuffle_buffer, allow_pipe: of `reader=webdataset` (`data/pipeline.py`).
+        seed: of the order of samples.
+        num_workers: worker processes per rank.
+        pin_memory: for faster copies to a GPU.
+        window: shards shuffled at a time; 0 shuffles all samples. Null is 0 for local sets and 16 for remote ones.
+            Remote shards are downloaded and indexed window by window; with 0 all of them are before the first step.
+        prepare: called with the folder if it contains no training shards, to write some.
+        overfit_samples: train and validate on only the first so many training samples; 0 uses all.
+        samples_per_shard: of `reader=webdataset` (`data/streaming.py`).
+        shuffle_buffer: of `reader=webdataset`.
 
     Raises:
-        UserError: for missing or damaged shards, labels out of range and batch sizes that cannot be shared out.
+        UserError: for missing or damaged shards, labels out of range and batch sizes that cannot be divided evenly.
     """
 
     def __init__(
@@ -81,7 +79,7 @@ class ShardDataModule(L.LightningDataModule):
         faults: FaultPolicy | None = None,
         train: str = "train-*.tar",
         val: str = "val-*.tar",
-        layout: Layout = "shards",
+        layout: Literal["shards", "folders"] = "shards",
         reader: Literal["index", "webdataset"] = "index",
         seed: Seed = 0,
         num_workers: NonNegativeInt = 0,
@@ -91,125 +89,108 @@ class ShardDataModule(L.LightningDataModule):
         overfit_samples: NonNegativeInt = 0,
         samples_per_shard: PositiveInt = 1000,
         shuffle_buffer: PositiveInt = 1000,
-        allow_pipe: bool = False,
     ) -> None:
         super().__init__()
-        self.folder, self.layout, self.prepare = clean_folder(folder), layout, prepare
-        self.patterns = {"train": train, "val": val}
+        patterns = {"train": train, "val": val}
+        self.shards = {name: ShardSet(storage, folder, pattern, format) for name, pattern in patterns.items()}
+        self.folder, self.layout, self.prepare = self.shards["train"].folder, layout, prepare
         self.format, self.storage, self.policy = format, storage, faults or FaultPolicy()
         self.image_size, self.channels, self.num_classes = list(image_size), channels, num_classes
         self.batch_size, self.seed = batch_size, seed
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.window = window
+        self.window = window if window is not None else REMOTE_WINDOW * is_remote(folder)
+        if overfit_samples:
+            self.window = 0  # only a few samples: shuffle all
         self.overfit_samples = overfit_samples
-        self.streams, self.samples_per_shard = reader == "webdataset", samples_per_shard
-        self.shuffle_buffer = shuffle_buffer
-        self.indices: dict[str, ShardIndex] = {}
+        self.source: TrainingSource
+        common = self.shards["train"], self.policy, num_classes, batch_size, seed, self.window
+        if reader == "webdataset":
+            self.source = StreamedSource(*common, samples_per_shard=samples_per_shard, buffer=shuffle_buffer)
+        elif self.window:
+            self.source = WindowedSource(*common)
+        else:
+            self.source = IndexedSource(*common)
+        self.indices: dict[str, Index] = {}
         self.counts = {"train": FaultCounts(), "val": FaultCounts()}
-        self.latest: list[Finding] = []  # of the batch at hand, from all ranks
+        self.latest: list[Finding] = []  # of the current batch, from all ranks
         self._pass_faults = 0
         self._restored_samples: int | None = None
-        self._prefetcher: Prefetcher | None = None
+        self._restored_space: dict[str, Any] | None = None
 
     @staticmethod
-    def check(train: str, val: str, reader: str, allow_pipe: bool, overfit_samples: int) -> None:
+    def check(train: str, val: str, reader: str, overfit_samples: int) -> None:
         """Raise `ValueError` for values that do not fit; called on the composed config before anything is built."""
         if overfit_samples and reader != "index":
-            raise ValueError(f"data.overfit_samples = {overfit_samples}: only with data.reader=index")
-        for key, pattern, allowed in (("train", train, reader == "webdataset" and allow_pipe), ("val", val, False)):
-            if pattern.startswith("pipe:") and not allowed:
-                raise ValueError(
-                    f"data.{key} = {pattern}: pipe: runs a shell; allowed for data.train with data.reader=webdataset"
-                    " data.allow_pipe=true"
-                )
-
-    # ------------------------------------------------------------------ setup
+            raise ValueError(f"data.overfit_samples = {overfit_samples}: needs data.reader=index")
+        for key, pattern in (("train", train), ("val", val)):
+            if pattern.startswith("pipe:"):
+                raise ValueError(f"data.{key} = {pattern}: must be names of shards; commands are never run")
 
     def prepare_data(self) -> None:
-        """On one process: put the shards in place if this data set can, and index them."""
+        """On one process per machine: write the shards if this data set can, and index what is needed at once."""
         self.provide()
-        for name in self._indexed():
-            self.load(name)
+        self._index_at_start()
 
     def provide(self) -> None:
-        """Put the shards in place if they are missing and this data set can.
+        """Write the shards if they are missing and this data set can."""
+        if self.prepare is not None:
+            write_if_missing(self.shards["train"], self.prepare)
 
-        Raises:
-            UserError: if other things are in the way.
-        """
-        folder = Path(self.folder)
-        if self.prepare is not None and not self._there():
-            if folder.is_dir() and any(folder.iterdir()):
-                raise UserError(f"data.folder = {folder}: holds other things than data.train; name a new folder")
-            # The folder appears when it is whole; of two processes that start at once, one is the first.
-            partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-            self.prepare(partial)
-            try:
-                partial.rename(folder)
-            except OSError:
-                shutil.rmtree(partial)
-
-    def _there(self) -> bool:
-        """Whether some of the training set is in the folder."""
-        pattern = self.patterns["train"]
-        try:
-            return pattern.startswith("pipe:") or any(map(os.path.exists, self.storage.expand(self.folder, pattern)))
-        except UserError:
-            return False
-
-    def _indexed(self) -> list[str]:
-        return ["val"] if self.streams else ["train", "val"]
+    def _index_at_start(self) -> None:
+        """Index the sets that must be known before the first step, unless this process has."""
+        remote = is_remote(self.folder)
+        if self.overfit_samples:
+            if not self.indices:
+                few = self.source.first(self.overfit_samples, None if remote else self.load("train"))
+                self.indices = {"train": few, "val": few}
+            return
+        for name, needed in (("train", self.source.indexed_at_start), ("val", not remote)):
+            if needed and name not in self.indices:
+                self.indices[name] = self.load(name)
 
     def setup(self, stage: str | None = None) -> None:
-        for name in self._indexed():
-            if name not in self.indices:
-                self.indices[name] = self.load(name)
-        if self.overfit_samples:
-            few = self.indices["train"].first(self.overfit_samples)
-            self.indices = {"train": few, "val": few}
-        manifest = read_manifest(self.storage, self.folder, self.patterns["train"])
-        self.format.bind(self.indices["val" if self.streams else "train"].parts, manifest)
-        if self.streams or not is_remote(self.folder):
-            self.window = self.window or 0
-            return
-        sizes = [shard.size for shard in self.indices["train"].shards]
-        if self.window is None:
-            self.window = REMOTE_WINDOW * (sum(sizes) > self.storage.limit)
-        if self.window:
-            needed = min(2 * self.window, len(sizes)) * max(sizes)  # the present window's and the next one's
-            if needed > self.storage.limit:
-                raise UserError(
-                    f"data.storage.cache_gib = {self.storage.limit / 2**30:.3g}: data.window = {self.window} shards and"
-                    f" the next as many need at least {needed / 2**30:.2g}"
-                )
+        self._index_at_start()
+        whole = self.indices.get("train")
+        self.source.setup(whole if isinstance(whole, ShardIndex) else None)
+        if self.source.index is not None:
+            self.indices["train"] = self.source.index
+        if parts := next((index.parts for index in self.indices.values() if index.parts), None):
+            self.format.bind(parts, self.shards["train"].manifest)
+
+    def validation_index(self) -> ShardIndex:
+        """The whole validation set, indexed now if necessary: by one process per machine before the others."""
+        if "val" not in self.indices:
+            if self.trainer is not None and self.trainer.local_rank:
+                self.trainer.strategy.barrier("validation index")
+            self.indices["val"] = self.load("val")
+            if self.trainer is not None and not self.trainer.local_rank:
+                self.trainer.strategy.barrier("validation index")
+            self.format.bind(self.indices["val"].parts, self.shards["train"].manifest)
+        index = self.indices["val"]
+        assert isinstance(index, ShardIndex)
+        return index
 
     def load(self, name: str) -> ShardIndex:
         """The index of one set, brought up to date, its classes checked."""
-        classes = None
-        if self.layout == "folders" and name == "val":  # numbered as the training set numbers them
-            root = Path(self.folder, self.patterns["train"])
-            classes = sorted(p.name for p in root.glob("[!.]*") if p.is_dir()) if root.is_dir() else None
-        pattern = self.patterns[name]
-        index = load_index(self.storage, self.folder, pattern, self.format, self.policy, self.layout, classes)
-        if self.layout == "folders" and name == "train" and len(index.shards) < self.num_classes:
-            say_once(f"data: {self.folder} has {len(index.shards)} classes; data.num_classes = {self.num_classes}")
-        labels = index.columns["label"]
-        if (highest := int(labels.max())) >= self.num_classes:
-            raise UserError(
-                f"data.num_classes = {self.num_classes}: {index.location(int(labels.argmax()))} holds class {highest},"
-                f" so > {highest} is needed"
-            )
+        shards = self.shards[name]
+        if self.layout == "shards":
+            index = load_index(shards, self.policy)
+        else:  # the validation set's classes have the numbers of the training set's
+            root = Path(self.folder, self.shards["train"].pattern)
+            classes = [path.name for path in class_folders(root)] if name == "val" and root.is_dir() else None
+            index = load_folder_index(shards, self.policy, classes)
+            if name == "train" and len(index.shards) < self.num_classes:
+                info_once(f"data: {self.folder} has {len(index.shards)} classes, data.num_classes = {self.num_classes}")
+        check_classes(index.columns["label"], self.num_classes, index.location)
         return index
-
-    # ---------------------------------------------------------------- loaders
 
     def micro_batch(self, accumulate: int) -> int:
         """Samples per rank and forward pass.
 
         Raises:
-            UserError: if `batch_size` cannot be shared out evenly.
+            UserError: if `batch_size` cannot be divided evenly.
         """
-        world = self.trainer.world_size if self.trainer else 1
+        world = (self.trainer or NO_TRAINER).world_size
         if self.batch_size % (world * accumulate):
             raise UserError(
                 f"data.batch_size = {self.batch_size}: must be divisible by devices × accumulate_grad_batches"
@@ -218,223 +199,113 @@ class ShardDataModule(L.LightningDataModule):
         return self.batch_size // (world * accumulate)
 
     def train_dataloader(self) -> Any:
-        trainer = self.trainer
-        if trainer is None:
-            raise RuntimeError("train_dataloader needs a trainer: the stream is as long as its max_steps")
+        """Batches of this rank up to the trainer's last step; without a trainer whole ones, without end."""
+        trainer = self.trainer or NO_TRAINER
         micro_batch = self.micro_batch(trainer.accumulate_grad_batches)
-        if self.streams:
-            return self._streamed(trainer, micro_batch)
-        index = self.indices["train"]
-        order = StreamOrder(len(index), self.seed, shard_of=index.shard_of, window=self.window or 0)
-        return self._loader(self.reader("train", train=True), order, micro_batch, trainer.max_steps, self.first_step)
+        return self.source.loader(trainer, micro_batch, self.first_step, loader_options(self))
 
     def first_step(self) -> int:
         """Optimiser steps already done, when the loader starts.
 
         Raises:
-            UserError: if the data's saved state says something else.
+            UserError: if the data's saved state does not agree.
         """
-        assert self.trainer is not None
-        step, done = self.trainer.global_step, self._restored_samples
+        step, done = (self.trainer or NO_TRAINER).global_step, self._restored_samples
         if done not in (None, step * self.batch_size):
             raise UserError(
-                f"ckpt_path: the data's state ({done} samples) does not fit step {step} × data.batch_size"
+                f"ckpt_path: the data state ({done} samples) does not match step {step} × data.batch_size"
                 f" {self.batch_size}"
             )
         self._restored_samples = None
+        if self._restored_space not in (None, self.space.plain() if self.space else None):
+            raise UserError("ckpt_path: the set's latents are normalised otherwise, or made by another autoencoder")
         return step
 
-    def val_dataloader(self) -> StreamLoader:
-        num_samples = len(self.indices["val"])
-        order = StreamOrder(num_samples, self.seed, shuffle=False)
+    def val_dataloader(self) -> Any:
+        share = self.trainer.limit_val_batches if self.trainer is not None else 1.0
+        if "val" in self.indices or (isinstance(share, float) and share < 1):  # a share of a number that must be known
+            return self._whole_validation()
+        return LateLoader(self._whole_validation)
+
+    def _whole_validation(self) -> StreamLoader:
+        reader, micro_batch = self.reader("val"), self.micro_batch(1)
+        order = StreamOrder(len(reader), self.seed, shuffle=False)
         # One pass over the set in global batches; the last is filled up with samples of weight 0, because under
         # sharded strategies every rank must run equally many forward passes.
-        return self._loader(self.reader("val"), order, self.micro_batch(1), -(-num_samples // self.batch_size))
+        trainer, num_steps = self.trainer or NO_TRAINER, -(-len(reader) // self.batch_size)
+        batches = StreamBatches(order, self.batch_size, micro_batch, trainer.global_rank, trainer.world_size, num_steps)
+        return StreamLoader(reader, batch_sampler=batches, **loader_options(self))
 
     test_dataloader = val_dataloader
 
     def reader(self, name: Literal["train", "val"], train: bool = False) -> ShardReader:
         """The samples of one set, by default as validation sees them."""
-        return ShardReader(self.indices[name], self.storage, self.format, self.policy, train, self.seed)
-
-    def _loader(
-        self,
-        reader: ShardReader,
-        order: StreamOrder,
-        micro_batch: int,
-        num_steps: int,
-        first_step: Callable[[], int] = lambda: 0,
-    ) -> StreamLoader:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        ahead = self._ahead(order) if reader.train and is_remote(self.folder) else lambda place: None
-        batches = StreamBatches(order, self.batch_size, micro_batch, rank, world, num_steps, first_step, ahead)
-        return StreamLoader(reader, batch_sampler=batches, **self._loading())
-
-    def _loading(self) -> dict[str, Any]:
-        # Only for copies to a GPU: page-locked memory needs a CUDA context, which a CPU run would make on somebody's.
-        copied = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return {
-            "num_workers": self.num_workers,
-            "pin_memory": self.pin_memory and copied,
-            "persistent_workers": self.num_workers > 0,
-            "collate_fn": collate,
-            "worker_init_fn": partial(start_worker, parent=os.getpid()),
-        }
-
-    def _ahead(self, order: StreamOrder) -> Callable[[int], None]:
-        """Fetch the shards of the present window and the next; on one rank per machine."""
-        if self.trainer is not None and self.trainer.local_rank != 0:
-            return lambda place: None
-        index = self.indices["train"]
-        self._prefetcher = prefetcher = Prefetcher(self.storage, index)
-        per_shard = len(index) // len(index.shards)
-        stride, reach = max(self.batch_size, per_shard // 2), (self.window or 0) * per_shard
-        asked = -1
-
-        def ahead(place: int) -> None:
-            nonlocal asked
-            if not reach and asked < 0:  # the cache holds the set: once for all
-                prefetcher.ask(order.shards_ahead(place, len(index)))
-            elif reach and place // stride != asked:
-                prefetcher.ask(order.shards_ahead(place, min(reach + stride, len(index))))
-            asked = place // stride
-
-        return ahead
-
-    def _streamed(self, trainer: L.Trainer, micro_batch: int) -> "StreamedBatches":
-        if trainer.is_global_zero:
-            say(COSTS)
-        pattern = self.patterns["train"]
-        piped = pattern.startswith("pipe:")  # `check` asked for the permission
-        stream = WebDatasetStream(
-            expand_braces(pattern) if piped else self.storage.expand(self.folder, pattern),
-            piped,
-            self.storage,
-            self.format,
-            self.policy,
-            self.seed,
-            trainer.global_rank,
-            trainer.world_size,
-            self.num_classes,
-            self.samples_per_shard,
-            self.shuffle_buffer,
-            lambda: trainer.global_step * self.batch_size,
-        )
-        return StreamedBatches(DataLoader(stream, batch_size=micro_batch, **self._loading()), self, trainer)
+        index = self.validation_index() if name == "val" else self.indices[name]
+        return ShardReader(index, self.storage, self.format, self.policy, train, self.seed)
 
     def teardown(self, stage: str) -> None:
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
-
-    # ------------------------------------------------------- batches and state
+        self.source.close()
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """On the device: what the network sees. All ranks take note of what any of them met, and stop together.
+        """On the device, `finish`: all ranks count the faults of all, and stop together."""
+        return self.finish(batch, self.trainer is not None and self.trainer.training)
+
+    def batches(self, name: Literal["train", "val"] = "train") -> Iterator[Batch]:
+        """Without a trainer: the batches of a set as the network sees them, those of the training set without end."""
+        self.prepare_data()
+        self.setup()
+        for batch in self.train_dataloader() if name == "train" else self.val_dataloader():
+            yield self.finish(batch, name == "train")
+
+    def finish(self, batch: Batch, train: bool) -> Batch:
+        """Convert a loader's batch to what the network sees.
 
         Raises:
-            AgreedError: if `faults` does not bear it.
+            AgreedError: if the policy does not tolerate its faults.
         """
-        train = self.trainer is not None and self.trainer.training
         counts = self.counts["train" if train else "val"]
         strategy = self.trainer.strategy if self.trainer else None
         self.latest = counts.add(batch.pop("findings"), len(batch["label"]), strategy)
         try:
-            self.policy.judge(self.latest, counts.faults, counts.samples)
+            self.policy.enforce(self.latest, counts.checkable, counts.samples)
             if not train:
-                self._judge_pass(int(batch["position"][0]))
+                self._check_pass(int(batch["position"][0]))
         except UserError as error:
             raise AgreedError(str(error)) from None
         return self.format.finish(batch, train)
 
-    def _judge_pass(self, position: int) -> None:
-        """A pass over the validation set in which nothing could be read has no loss to tell."""
+    def _check_pass(self, position: int) -> None:
+        """A pass over the validation set in which nothing could be read has no loss to report."""
         if position < self.batch_size:  # the first batch of a pass
             self._pass_faults = 0
         self._pass_faults += sum(finding.kind != "retried" for finding in self.latest)
-        if self._pass_faults >= len(self.indices["val"]):
-            raise UserError(f"{self.latest[-1].message}; nor can any other sample of the validation set be read")
+        if self._pass_faults >= len(self.validation_index()):
+            raise UserError(f"{self.latest[-1].message}; no other sample of the validation set can be read either")
+
+    @property
+    def space(self) -> LatentSpace | None:
+        """How samples become images; None if they are. Windowed sets are bound later, so the manifest is read here."""
+        return self.format.space or self.format.space_of(self.shards["train"].manifest)
 
     @property
     def left_out(self) -> int:
         """About how many training samples were found damaged when they were indexed."""
-        return self.indices["train"].lost() if "train" in self.indices else 0
-
-    def fingerprint(self) -> str:
-        """Equal for the same samples in the same order."""
-        if self.streams:
-            return f"webdataset {self.folder} {self.patterns['train']}"
-        index = self.indices["train"]
-        if not self.window:
-            return index.fingerprint
-        return f"{index.fingerprint} {hashlib.sha256(index.starts.astype('<i8').tobytes()).hexdigest()[:16]}"
+        return lost_samples(self.indices["train"].scanned) if "train" in self.indices else 0
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         counts = self.counts["train"]
-        return {
-            "samples": self.trainer.global_step * self.batch_size,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "window": self.window,
-            "fingerprint": self.fingerprint(),
-            "faults": {"counts": dict(counts.counts), "samples": counts.samples},
-        }
+        faults = {"counts": dict(counts.counts), "samples": counts.samples}
+        state = {"samples": self.trainer.global_step * self.batch_size, **self.source.state(), "faults": faults}
+        return state | ({"latents": self.space.plain()} if self.space else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that the run goes on with the stream it began with.
+        """Check that the run continues the stream it began with.
 
         Raises:
             UserError: naming what differs.
         """
-        for key, mine in (("batch_size", self.batch_size), ("seed", self.seed), ("window", self.window)):
-            if state.get(key, mine) != mine:
-                raise UserError(f"data.{key} = {mine}: the checkpoint was trained with {state[key]}; resume with that")
-        if state["fingerprint"] != self.fingerprint():
-            raise UserError(f"data.folder = {self.folder}: not the samples that the checkpoint was trained on")
-        self._restored_samples = state["samples"]
+        self.source.restore(state)
+        self._restored_samples, self._restored_space = state["samples"], state.get("latents")
         if faults := state.get("faults"):
             self.counts["train"] = FaultCounts(Counter(faults["counts"]), faults["samples"])
-
-
-def start_worker(worker: int, parent: int) -> None:
-    """For reading processes: who stops a job signals all of its processes, but the training needs these to the end.
-
-    They end with it; a second signal, such as the loader's own, ends them at once.
-
-    Args:
-        parent: the training process; PyTorch's own watch does not notice if it has gone already.
-    """
-    if os.getppid() != parent:
-        os._exit(1)
-    signals = 0
-
-    def count(number: int, frame: Any) -> None:
-        nonlocal signals
-        signals += 1
-        if signals > 1:
-            os._exit(128 + number)
-
-    signal.signal(signal.SIGTERM, count)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class StreamedBatches:
-    """Batches of `reader=webdataset`, told their places in the stream; as many as the run has left."""
-
-    def __init__(self, loader: DataLoader, data: ShardDataModule, trainer: L.Trainer) -> None:
-        self.loader, self.data, self.trainer = loader, data, trainer
-
-    def __len__(self) -> int:
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        trainer, batches = self.trainer, iter(self.loader)
-        world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
-        for step in range(self.data.first_step(), trainer.max_steps):
-            for micro in range(accumulate):
-                batch = next(batches)
-                size = len(batch["label"])
-                first = step * self.data.batch_size + (micro * world + trainer.global_rank) * size
-                yield batch | {"position": torch.arange(first, first + size)}

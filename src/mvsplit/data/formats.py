@@ -1,4 +1,4 @@
-"""What a sample's bytes mean: pictures, or latents of an autoencoder. One class each, chosen by `data.format`.
+"""What a sample's bytes mean: images, or latents of an autoencoder. One class each, selected by `data.format`.
 
 Shapes: B batch, C channels.
 
@@ -6,10 +6,10 @@ A format names the members it reads (nothing else in a shard is opened, and noth
 sample on the CPU, and finishes a whole batch on the device.
 """
 
-import io
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import safetensors.torch
 import torch
@@ -17,22 +17,28 @@ from PIL import Image
 from pydantic import PositiveInt
 from torch import Tensor
 
+from mvsplit.data.latent_space import LatentSpace
+from mvsplit.data.transforms import decode_picture, in_colour, jpeg_damage
+from mvsplit.utils.config import Seed
+from mvsplit.utils.console import info_once
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.rng import Seed, Stream, normal, uniform
+from mvsplit.utils.rng import Stream, normal, uniform
 
 Transform = Callable[[Image.Image, int], Tensor]
-"""(picture, place in the training stream) → uint8 (C, height, width)."""
+"""(image, place in the training stream) → uint8 (C, height, width)."""
 Batch = dict[str, Any]
 Manifest = dict[str, Any]
-PAGE = 2048
-"""Zeros in a row that no JPEG's compressed data holds, but a page that was never written does."""
 
 
-class Format(Protocol):
-    """What the reader asks of a format."""
+class Format(ABC):
+    """What the reader needs of a format."""
 
+    kind: ClassVar[str]
+    """What a set's manifest, if it has one, calls it."""
     members: ClassVar[dict[str, tuple[str, ...]]]
-    """Parts of a sample and the suffixes that each may have; `data` is required."""
+    """Parts of a sample, with the suffixes allowed for each; `data` is required."""
+    space: LatentSpace | None = None
+    """How samples become images again, if they are latents; known once a set is bound."""
 
     def bind(self, parts: set[str], manifest: Manifest | None) -> None:
         """Check that a set with these parts and this manifest can be read.
@@ -40,33 +46,52 @@ class Format(Protocol):
         Raises:
             UserError: if it cannot.
         """
+        if manifest is not None and (found := manifest.get("kind", self.kind)) != self.kind:
+            raise UserError(f"data.format = {self.kind}: the set contains {found}, according to its manifest")
+        self.space = self.space_of(manifest)
+
+    def space_of(self, manifest: Manifest | None) -> LatentSpace | None:
+        """How this format's samples become images; None if they are.
+
+        Raises:
+            UserError: if the manifest does not record it.
+        """
+        return None
 
     def inspect(self, data: bytes) -> str | None:
-        """What is visibly wrong with the bytes of `data`, without decoding them; None if nothing is."""
+        """Damage in the bytes of `data` that reading might not notice; None if there is none."""
+        return None
 
     def choose(self, positions: Sequence[int], train: bool) -> list[str]:
         """Which part to read for each place in the stream."""
+        return ["data"] * len(positions)
 
+    @abstractmethod
     def decode(self, data: bytes, position: int, train: bool) -> dict[str, Tensor]:
-        """One sample's tensors. Whatever it raises counts as undecodable."""
+        """One sample's tensors. Any exception counts as undecodable."""
 
+    @abstractmethod
     def blank(self) -> dict[str, Tensor]:
-        """Tensors of the same shapes, for a place that cannot be filled."""
+        """Tensors of the same shapes, for a sample that cannot be read."""
 
+    @abstractmethod
     def finish(self, batch: Batch, train: bool) -> Batch:
         """On the device: add `image` (B, C, height, width) float32, as the network sees it."""
 
 
-class Images:
-    """Encoded pictures: png, jpg, webp; [−1, 1] for the network.
+class Images(Format):
+    """Encoded images: png, jpg, webp (`data/transforms.py`); [−1, 1] for the network.
 
     Args:
-        image_size: [height, width] that the transforms give. channels: 1 (grey) or 3 (RGB).
-        transform: of training pictures. val_transform: of the others; by default the same.
-        max_pixels: larger pictures are refused before they are decoded.
+        image_size: [height, width] after the transform.
+        channels: 1 (grey) or 3 (RGB).
+        transform: of training images.
+        val_transform: of validation images; by default the same.
+        max_pixels: larger images are rejected before they are decoded.
     """
 
-    members: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("png", "jpg", "jpeg", "webp")}
+    kind = "images"
+    members: ClassVar = {"data": ("png", "jpg", "jpeg", "webp")}
 
     def __init__(
         self,
@@ -79,23 +104,21 @@ class Images:
         self.shape, self.max_pixels = (channels, *image_size), max_pixels
         self.mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
         self.transform, self.val_transform = transform, val_transform or transform
+        self._colour_logged = False
 
     @staticmethod
     def check(image_size: list[int], channels: int, transform: dict[str, Any]) -> None:
         """Raise `ValueError` for values that do not fit; called on the composed config before anything is built."""
         if channels not in (1, 3):
-            raise ValueError(f"data.channels = {channels}: allowed are 1 (grey) and 3 (RGB)")
+            raise ValueError(f"data.channels = {channels}: must be 1 (grey) or 3 (RGB)")
         if (size := transform.get("image_size", image_size)) != image_size:
-            raise ValueError(f"data.format.transform.image_size = {size}: data.image_size is {image_size}")
-
-    def bind(self, parts: set[str], manifest: Manifest | None) -> None:
-        check_kind(manifest, "images", "pictures")
+            raise ValueError(f"data.format.transform.image_size = {size}: must equal data.image_size = {image_size}")
 
     def inspect(self, data: bytes) -> str | None:
-        return jpeg_damage(data)
-
-    def choose(self, positions: Sequence[int], train: bool) -> list[str]:
-        return ["data"] * len(positions)
+        if self.mode == "L" and not self._colour_logged and in_colour(data):
+            info_once("data.channels = 1: colour images are converted to grey")
+            self._colour_logged = True
+        return jpeg_damage(data, self.max_pixels)
 
     def decode(self, data: bytes, position: int, train: bool) -> dict[str, Tensor]:
         picture = decode_picture(data, self.mode, self.max_pixels)
@@ -108,68 +131,60 @@ class Images:
         return batch | {"image": batch["image"].float() / 127.5 - 1}
 
 
-class Latents:
+class Latents(Format):
     """Posterior mean and standard deviation of an autoencoder, as `src/encode.py` writes them (bf16 safetensors).
 
-    A sample z = mean + std·ε is drawn anew at each place of the training stream (in validation: per sample, the
-    same each time), then normalised by the set's channel statistics: (z − channel_mean) / channel_std.
+    A new sample z = mean + std·ε is drawn at each place of the training stream (in validation: per sample, the
+    same each time), then normalised as the set's manifest says: (z − mean) / std. A set encoded with `posterior=mean`
+    stores no standard deviations, so z is the mean.
 
     Args:
-        image_size: [height, width] of the latent. channels: C.
-        flip: use the latent of the mirrored picture for half of the places. seed: of ε and the flips.
-        normalise: take the channel statistics from the set's manifest; false leaves latents as they are.
+        image_size: [height, width] of the latent.
+        channels: C.
+        flip: use the latent of the mirrored image at half of the places.
+        seed: of ε and the flips.
+        normalise: as the set's manifest says; false leaves latents as they are.
     """
 
-    members: ClassVar[dict[str, tuple[str, ...]]] = {"data": ("safetensors",), "flipped": ("flipped.safetensors",)}
+    kind = "latents"
+    members: ClassVar = {"data": ("safetensors",), "flipped": ("flipped.safetensors",)}
 
     def __init__(
         self, image_size: list[int], channels: PositiveInt, flip: bool = True, seed: Seed = 0, normalise: bool = True
     ) -> None:
         self.shape, self.flip, self.seed, self.normalise = (channels, *image_size), flip, seed, normalise
-        self.statistics: tuple[list[float], list[float]] | None = None  # channel means, standard deviations
 
     def bind(self, parts: set[str], manifest: Manifest | None) -> None:
-        check_kind(manifest, "latents", "latents")
+        super().bind(parts, manifest)
         if self.flip and "flipped" not in parts:
-            raise UserError("data.format.flip = True: these latents were encoded without mirrored ones; allowed: false")
-        if not self.normalise:
-            return
-        if manifest is None or "channel_mean" not in manifest:
-            raise UserError(
-                "data.format.normalise = True: the set has no manifest with channel statistics; allowed is false"
-            )
-        shape: Any = manifest.get("shape")
-        mean: Any = manifest.get("channel_mean")
-        std: Any = manifest.get("channel_std")
-        if shape != list(self.shape):
+            raise UserError("data.format.flip = True: the set was encoded without mirrored images; use false")
+
+    def space_of(self, manifest: Manifest | None) -> LatentSpace:
+        shape = (manifest or {}).get("shape", list(self.shape))
+        if self.normalise and manifest is not None and "channel_mean" in manifest and shape != list(self.shape):
             raise UserError(
                 f"data.channels, data.image_size = {self.shape[0]}, {list(self.shape[1:])}: the set's latents have the"
                 f" shape {shape}"
             )
-        for values in (mean, std):
-            numbers = isinstance(values, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in values)
-            if not numbers or len(values) != self.shape[0]:
-                raise UserError("data.folder: the channel statistics in the set's manifest are no list of numbers")
-        if min(std) <= 0:
-            raise UserError("data.folder: a standard deviation in the set's manifest is not above 0")
-        self.statistics = (mean, std)
-
-    def inspect(self, data: bytes) -> str | None:
-        return None
+        return LatentSpace.of_manifest(manifest, self.shape[0], self.normalise)
 
     def choose(self, positions: Sequence[int], train: bool) -> list[str]:
         if not (train and self.flip):
-            return ["data"] * len(positions)
+            return super().choose(positions, train)
         draws = uniform(self.seed, Stream.AUGMENT, torch.tensor(positions))[:, 0]
         return ["flipped" if flipped else "data" for flipped in (draws < 0.5).tolist()]
 
     def decode(self, data: bytes, position: int, train: bool) -> dict[str, Tensor]:
         tensors = safetensors.torch.load(data)
-        mean, std = tensors["mean"], tensors["std"]
+        mean = tensors["mean"]
+        std = tensors.get("std", torch.zeros_like(mean))
         for tensor in (mean, std):
             if tensor.shape != self.shape or tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-                raise ValueError(f"a latent of {tuple(tensor.shape)} {tensor.dtype}; {self.shape} is needed")
-        return {"mean": mean.bfloat16(), "std": std.bfloat16()}
+                raise ValueError(f"latent is {tensor.dtype}, {tuple(tensor.shape)}; must be float, {self.shape}")
+        mean, std = mean.bfloat16(), std.bfloat16()
+        if not math.isfinite(float(mean.sum()) + float(std.sum())):  # a tenth of the time that `isfinite` takes
+            raise ValueError("latent contains values that are not finite")
+        return {"mean": mean, "std": std}
 
     def blank(self) -> dict[str, Tensor]:
         return {name: torch.zeros(self.shape, dtype=torch.bfloat16) for name in ("mean", "std")}
@@ -178,56 +193,7 @@ class Latents:
         mean, std = batch["mean"].float(), batch["std"].float()
         key = (Stream.LATENT, batch["position"]) if train else (Stream.VAL_LATENT, batch["index"])
         z = mean + std * normal(self.seed, *key, self.shape)
-        if self.statistics is not None:
-            channel_mean, channel_std = (z.new_tensor(values).view(-1, 1, 1) for values in self.statistics)
-            z = (z - channel_mean) / channel_std
+        if self.space is not None:
+            z = self.space.normalise(z)
         rest = {name: value for name, value in batch.items() if name not in ("mean", "std")}
         return rest | {"image": z}
-
-
-def check_kind(manifest: Manifest | None, kind: str, name: str) -> None:
-    """Check that a set that says what it holds is of the format that the config names."""
-    if manifest is not None and (holds := manifest.get("kind", kind)) != kind:
-        raise UserError(f"data.format: {name} are wanted, the set's manifest says that it holds {holds}")
-
-
-def decode_picture(data: bytes, mode: Literal["L", "RGB"], max_pixels: int) -> Image.Image:
-    """An encoded picture.
-
-    By Pillow: torchvision's own decoder dies of a damaged PNG with the whole process, and ADM's crop is defined by
-    Pillow's filters.
-
-    Raises:
-        ValueError, OSError, SyntaxError and others: if it is damaged, too large, or has more than 8 bits a channel.
-    """
-    if (damage := jpeg_damage(data)) is not None:
-        raise ValueError(damage)
-    with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as image:
-        if image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width} × {image.height} pixels; {max_pixels} are allowed")
-        if getattr(image, "n_frames", 1) > 1:
-            raise ValueError("an animation")
-        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-            raise ValueError(f"{image.mode} pixels; 8 bits a channel are read")
-        return image.convert(mode)
-
-
-def jpeg_damage(data: bytes) -> str | None:
-    """Damage that decoders let pass: compressed data with a page of zeros in it, or without the end mark.
-
-    Returns:
-        What is wrong; None if nothing is, or if it is no JPEG.
-    """
-    if data[:2] != b"\xff\xd8":
-        return None
-    place = 2  # walk over the segments before the picture: thumbnails and notes in them may hold anything
-    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":
-        if data[place + 1] == 0xFF:  # a fill byte
-            place += 1
-            continue
-        place += 2 + max(2, int.from_bytes(data[place + 2 : place + 4], "big"))
-    if data.find(bytes(PAGE), place, len(data.rstrip(b"\0"))) >= 0:
-        return "zeros in the middle of its data"
-    if data.rfind(b"\xff\xd9", place) < 0:
-        return "its end is missing or zeroed"
-    return None

@@ -1,23 +1,28 @@
-"""Read single samples out of indexed shards: `pread`, checksum, decode; a batch at a time.
+"""Read single samples from indexed shards: `pread`, checksum, decode; a batch at a time, in PyTorch's loaders.
 
-A sample that cannot be read never raises: the batch keeps its size and says what happened (`data/faults.py`).
+A sample that cannot be read never raises: the batch keeps its size and reports the fault (`data/faults.py`).
 """
 
 import os
-import re
+import signal
+import sys
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mvsplit.data.faults import DataFault, FaultPolicy, Finding
-from mvsplit.data.formats import Format
-from mvsplit.data.index import ShardIndex
-from mvsplit.data.scan import parse_json
-from mvsplit.data.storage import Storage, is_remote
+from mvsplit.data.faults import DataFault, FaultPolicy, Finding, reason_of
+from mvsplit.data.formats import Batch, Format
+from mvsplit.data.index import Index, Row
+from mvsplit.data.order import SHARD_BITS
+from mvsplit.data.remote import is_remote
+from mvsplit.data.storage import Storage
+from mvsplit.data.tars import parse_json
 from mvsplit.utils.rng import Stream, bits
 
 Sample = dict[str, Any]
@@ -25,28 +30,34 @@ DTYPES = {int: torch.int64, float: torch.float64}
 MAX_OPEN = 64
 """Files that a reader keeps open."""
 MAX_SUBSTITUTES = 16
-"""Others tried in the place of a damaged sample."""
+"""Number of substitutes tried for a damaged sample."""
+NO_TRAINER: Any = SimpleNamespace(
+    global_step=0,
+    max_steps=sys.maxsize,
+    accumulate_grad_batches=1,
+    world_size=1,
+    global_rank=0,
+    local_rank=0,
+    is_global_zero=True,
+    strategy=SimpleNamespace(broadcast=lambda value: value, root_device=torch.device("cpu")),
+)
+"""Stands in for the trainer where there is none: the stream begins at its first step and has no end."""
 
 
-def collate(samples: list[Sample]) -> dict[str, Any]:
+def collate(samples: list[Sample]) -> Batch:
     """A batch: stacked tensors, captions as a list, and the samples' findings in one list."""
     findings = [finding for sample in samples for finding in sample.pop("findings")]
     dtypes = {name: DTYPES[type(value)] for name, value in samples[0].items() if type(value) in DTYPES}
     rest = [{name: value for name, value in sample.items() if name not in dtypes} for sample in samples]
-    # The numbers share one storage: a reading process hands over each storage by a file descriptor of its own.
+    # The numbers share one storage: a worker needs a file descriptor for each storage that it passes on.
     columns = [torch.tensor([s[name] for s in samples], dtype=dtype) for name, dtype in dtypes.items()]
     rows = torch.stack([column.view(torch.int64) for column in columns])
     numbers = {name: row.view(dtype) for row, (name, dtype) in zip(rows, dtypes.items(), strict=True)}
     return default_collate(rest) | numbers | {"findings": findings}
 
 
-def reason_of(error: Exception) -> str:
-    """A decoder's complaint in one line, without the addresses of its objects."""
-    return " ".join(re.sub(r"<\S+ object at 0x[0-9a-f]+>", "", str(error)).split())[:120]
-
-
 class ShardReader(Dataset[Sample]):
-    """Map-style view of an index; items are asked for as (place in the stream, sample number).
+    """Map-style view of an index; items are requested as (place in the stream, sample number).
 
     Items: what the format decodes, `label`, `index` (number of the sample that was read), `position` (place in the
     stream), `caption` if the set has captions, `weight` (1; 0 for damaged samples of validation and places beyond its
@@ -59,7 +70,7 @@ class ShardReader(Dataset[Sample]):
     """
 
     def __init__(
-        self, index: ShardIndex, storage: Storage, form: Format, policy: FaultPolicy, train: bool, seed: int = 0
+        self, index: Index, storage: Storage, form: Format, policy: FaultPolicy, train: bool, seed: int = 0
     ) -> None:
         self.index, self.storage, self.form, self.policy = index, storage, form, policy
         self.train, self.seed = train, seed
@@ -70,7 +81,7 @@ class ShardReader(Dataset[Sample]):
         return len(self.index)
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": OrderedDict()}  # file descriptors do not travel to other processes
+        return self.__dict__ | {"_files": OrderedDict()}  # file descriptors are not valid in other processes
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         return self.__getitems__([item])[0]
@@ -96,13 +107,13 @@ class ShardReader(Dataset[Sample]):
                     sample |= {self._captions: ""} if self._captions else {}
                     break
                 draw = bits(self.seed, Stream.SUBSTITUTE, torch.tensor([position]), attempt + 1)[0, attempt]
-                number = int(draw) % len(self.index)
+                number = self.index.substitute(first, attempt + 1, int(draw))
         findings += [Finding("retried", line) for line in self.storage.retried]
         self.storage.retried.clear()
         return sample | {"findings": findings}
 
     def read(self, position: int, number: int, part: str = "data") -> Sample:
-        """One sample, as it is.
+        """One sample, without substitutes.
 
         Raises:
             DataFault: naming shard and sample.
@@ -111,20 +122,16 @@ class ShardReader(Dataset[Sample]):
         caption = {self._captions: self._caption(number)} if self._captions else {}
         try:
             sample: Sample = dict(self.form.decode(data, position, self.train)) | caption
-        except Exception as error:  # decoders fail in many ways, all of them the data's fault
-            raise self._fault("undecodable", number, f"does not decode ({reason_of(error)})") from None
+        except Exception as error:  # decoders fail in many ways, all caused by the data
+            raise self._fault("undecodable", number, f"cannot be decoded ({reason_of(error)})") from None
         first_pass = self.train or position < len(self.index)
-        sample |= {
-            "label": int(self.index.columns["label"][number]),
-            "index": number,
-            "position": position,
-            "weight": float(first_pass),
-        }
-        return sample
+        label = self.index.row(number).label
+        return sample | {"label": label, "index": number, "position": position, "weight": float(first_pass)}
 
     def _caption(self, number: int) -> str:
+        _, _, columns, row = self.index.row(number)
         for part in ("txt", "json"):
-            if part in self.index.parts and self.index.columns[f"{part}.size"][number] >= 0:
+            if f"{part}.size" in columns and columns[f"{part}.size"][row] >= 0:
                 data = self.raw(number, part)
                 return data.decode(errors="replace") if part == "txt" else str(parse_json(data).get("caption", ""))
         return ""
@@ -133,52 +140,109 @@ class ShardReader(Dataset[Sample]):
         """The bytes of one member of sample `number`.
 
         Raises:
-            DataFault: if they are not those that were indexed, or cannot be had.
+            DataFault: if they are not those that were indexed, or cannot be read.
         """
-        columns = self.index.columns
-        offset, size = int(columns[f"{part}.offset"][number]), int(columns[f"{part}.size"][number])
+        row = self.index.row(number)
+        offset, size = row.place(part)
         if size < 0:
             raise self._fault("missing_member", number, f"has no member for '{part}'")
         for attempt in (1, 2):
-            file = self._open(number)
+            file = self._open(row)
             try:
                 data = os.pread(file, size, offset)
             except (OSError, OverflowError, MemoryError) as error:
                 raise self._fault("truncated", number, f"cannot be read ({error})") from None
-            if zlib.crc32(data) == columns[f"{part}.crc32"][number]:
+            if zlib.crc32(data) == row.crc32(part):
                 return data
-            shard = self.index.shards[int(self.index.shard_of[number])]
-            same_size = bool(shard.files) or os.fstat(file).st_size == shard.size
-            if attempt == 1:  # once more from a file opened anew: a cached shard may have been fetched again meanwhile
-                location = self.index.location(number)
-                os.close(self._files.pop(location))
-                self.storage.discard_damaged(location, shard.sha256)
+            same_size = bool(row.shard.files) or os.fstat(file).st_size == row.shard.size
+            if attempt == 1:  # reopen the file once: a cached shard may have been downloaded again meanwhile
+                os.close(self._files.pop(row.location))
+                self.storage.discard_damaged(row.location, row.shard.sha256)
         if len(data) < size:
-            raise self._fault("truncated", number, "lies beyond the end of the shard")
+            raise self._fault("truncated", number, "extends beyond the end of the shard")
         if not same_size:
-            raise self._fault("replaced_shard", number, "is gone: not the shard that was indexed")
+            raise self._fault("replaced_shard", number, "is lost: its shard has changed since it was indexed")
         raise self._fault("checksum", number, "fails its checksum")
 
-    def _open(self, number: int) -> int:
-        location = self.index.location(number)
-        if location in self._files:
-            self._files.move_to_end(location)
-            return self._files[location]
-        shard = self.index.shards[int(self.index.shard_of[number])]
-        for attempt in (1, 2):  # another process may make room in the cache between the two lines
-            path = self.storage.local(location, shard.size, shard.sha256)
+    def _open(self, row: Row) -> int:
+        if row.location in self._files:
+            self._files.move_to_end(row.location)
+            return self._files[row.location]
+        for attempt in (1, 2):  # another process may remove it from the cache between the two lines
+            path = self.storage.local(row.location, row.shard.size, row.shard.sha256)
             try:
-                file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in a shard's place must not hold us up
+                file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in a shard's place must not block
                 break
             except OSError as error:
-                if attempt == 2 or not is_remote(location):
-                    raise DataFault("missing_shard", f"{location}: {error.strerror}") from None
-        self._files[location] = file
+                if attempt == 2 or not is_remote(row.location):
+                    raise DataFault("missing_shard", f"{row.location}: {error.strerror}") from None
+        self._files[row.location] = file
         while len(self._files) > MAX_OPEN:
             os.close(self._files.popitem(last=False)[1])
         return file
 
     def _fault(self, kind: Any, number: int, what: str) -> DataFault:
-        offset = int(self.index.columns["data.offset"][number])
+        row = self.index.row(number)
         key = self.index.key(self.storage, number).rpartition(":")[2]
-        return DataFault(kind, f"{self.index.location(number)}: sample {number} ('{key}') at byte {offset} {what}")
+        where = f"{row.location}: sample {number & ((1 << SHARD_BITS) - 1)} ('{key}') at byte {row.place('data')[0]}"
+        return DataFault(kind, f"{where} {what}")
+
+
+class StreamLoader(DataLoader):
+    """A loader whose place is the trainer's step count: it has no state of its own to save."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore: `StreamBatches.first_step` returns the place."""
+
+
+class LateLoader:
+    """A loader that is created when it is first iterated over; until then its length is not known."""
+
+    def __init__(self, make: Callable[[], DataLoader]) -> None:
+        self._make = make
+        self._made: DataLoader | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._made = self._made or self._make()
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        if self._made is None:
+            raise TypeError("the set has not been indexed yet")
+        return len(self._made)
+
+
+def start_worker(worker: int, parent: int) -> None:
+    """Prepare a worker process. A signal to all processes of a job must not end it: training still needs its batches.
+
+    It ends with the training process, its parent; a second signal, such as the loader's own, ends it at once.
+    """
+    if os.getppid() != parent:  # it ended before: PyTorch's own check does not notice that
+        os._exit(1)
+    signals = 0
+
+    def count(number: int, frame: Any) -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, count)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader_options(data: Any) -> dict[str, Any]:
+    """Arguments of PyTorch's loader for the samples of a data module."""
+    # Only for copies to a GPU: page-locked memory needs a CUDA context, which a CPU run must not create.
+    copied = data.trainer is not None and data.trainer.strategy.root_device.type == "cuda"
+    return {
+        "num_workers": data.num_workers,
+        "pin_memory": data.pin_memory and copied,
+        "persistent_workers": data.num_workers > 0,
+        "collate_fn": collate,
+        "worker_init_fn": partial(start_worker, parent=os.getpid()),
+    }
