@@ -16,21 +16,28 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from mvsplit.flow.times import Uniform, time_shift
+from mvsplit.utils.errors import UserError
 from mvsplit.utils.rng import Stream, normal, uniform
 
 
 class Network(Protocol):
-    """What the flow asks of a network."""
+    """The interface that the flow expects of a network.
+
+    Attributes:
+        input_shape: (C, height, width) of an input.
+    """
+
+    input_shape: tuple[int, ...]
 
     def __call__(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Velocity at z (B, C, height, width) and t (B,)."""
 
     def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
-        """The condition, with the samples where mask (B,) is true unconditioned."""
+        """Replace the condition where mask (B,) is true with the null condition."""
 
 
 def per_sample(t: Tensor, like: Tensor) -> Tensor:
-    """(B,) → (B, 1, 1, 1), in the type of `like`."""
+    """(B,) → (B, 1, 1, 1), in the dtype of `like`."""
     return t.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
@@ -41,20 +48,26 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_loss(network: Network, x0: Tensor, x1: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-    """Mean squared error of the predicted velocity, one value per sample, float32. Returns (B,)."""
+    """Mean squared error of the predicted velocity, one value per sample, float32. Returns (B,).
+
+    Raises:
+        UserError: if the network returns another shape.
+    """
     prediction = network(interpolate(x0, x1, t), t, condition)
+    if prediction.shape != x0.shape:
+        raise UserError(f"model: returned shape {tuple(prediction.shape)}, expected its input's, {tuple(x0.shape)}")
     return (prediction.float() - (x0 - x1).float()).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
 class Flow:
-    """What the objective leaves to choose.
+    """The choices of the objective.
 
     Args:
-        times: maps uniform numbers on (0, 1) to times (see `flow/times.py`).
+        times: maps uniform random numbers on (0, 1) to times (see `flow/times.py`).
         time_shift: s in t' = s·t / (1 + (s − 1)·t), applied to training times and to the sampler's grid alike
             ("must match training", paper: 4 at 256 tokens × 128 channels).
-        label_dropout: share of the samples trained without their condition, for guidance.
+        label_dropout: share of the samples trained with the null condition, for guidance.
     """
 
     times: Callable[[Tensor], Tensor] = field(default_factory=Uniform)
@@ -62,11 +75,11 @@ class Flow:
     label_dropout: Annotated[float, Ge(0), Le(1)] = 0.1
 
     def draw(self, seed: int, position: Tensor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise x1 (like x0), times (B,) and dropout mask (B,) of the samples at these places of the stream.
+        """Noise x1 (like x0), times (B,) and dropout mask (B,) of the samples at these positions in the stream.
 
         Args:
-            position: (B,) int64, optimiser step × global batch + slot: unique over a run, so the draws depend on
-                neither the batch split nor the device count nor a resume.
+            position: (B,) int64, step × global batch size + slot. It is unique in a run, so that the random numbers do
+                not depend on micro-batches, the number of devices or a resume.
         """
         x1 = normal(seed, Stream.TRAIN_NOISE, position, x0.shape[1:]).to(x0.dtype)
         t = self.times(uniform(seed, Stream.TRAIN_TIME, position)[:, 0])

@@ -1,6 +1,6 @@
-"""Which times are trained on, and which the sampler visits. The paper does not state its training distribution.
+"""The times of training and of sampling. The paper does not state its training distribution.
 
-A time sampler maps uniform numbers on (0, 1) to times: with counter-based uniforms the draws are reproducible.
+A time distribution maps uniform random numbers on (0, 1), which are functions of the position, to times.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def time_shift(t: Tensor, shift: float) -> Tensor:
-    """T' = s·t / (1 + (s − 1)·t): keeps 0 and 1, moves the rest towards noise for s > 1 (paper: s = 4)."""
+    """T' = s·t / (1 + (s − 1)·t): keeps 0 and 1; s > 1 moves the rest towards noise (paper: s = 4)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -30,7 +30,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """logit t ~ N(mean, std²) (Esser et al., 2024): mass in the middle; mean > 0 leans towards noise."""
+    """logit t ~ N(mean, std²) (Esser et al., 2024): most mass in the middle; mean > 0 shifts it towards noise."""
 
     mean: float = 0.0
     std: PositiveFloat = 1.0

@@ -1,1 +1,1 @@
-"""Fused operations, each beside the plain PyTorch formulation it must equal."""
+"""Fused operations, each beside its reference in plain PyTorch."""

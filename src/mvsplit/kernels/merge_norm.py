@@ -1,4 +1,4 @@
-"""The MV-Split merge and the norm after it, with the backward derived by hand (paper eq. 7–10).
+"""The MV-Split merge and the norm after it, with a hand-derived backward pass (paper eq. 7–10).
 
 Shapes: B batch, T tokens, D width, S segments.
 
@@ -9,10 +9,10 @@ J takes the mean of each segment, P = I − J. With r the reciprocal root mean s
 
     dX = Δ − α⊙Δ̄     dF = β⊙Δ + (α − β)⊙Δ̄     dα = Σ Δ⊙(F̄ − X̄)     dβ = Σ Δ⊙(F − F̄)
 
-Everything is computed in float32 at least, whatever the types of X, F and the gains; X' has X's type. A thousand blocks
-round the trunk two thousand times if it is kept in bfloat16, and those errors add up: see `DiT`'s argument `trunk`.
+Everything is computed in at least float32, whatever the dtypes of X, F and the gains; X' has X's dtype. A thousand
+blocks would round a bfloat16 trunk two thousand times, and the errors add up: see `DiT`'s argument `trunk`.
 
-`merge_norm_reference` is what `MergeNorm` must equal; the tests hold them together in float64.
+`MergeNorm` must equal `merge_norm_reference`; the tests compare them in float64.
 """
 
 from typing import Any
@@ -27,23 +27,23 @@ Segments = tuple[int, ...]
 
 
 def upcast(x: Tensor) -> Tensor:
-    """The same numbers in float32, or in float64 if x is."""
+    """Cast to float32; float64 stays."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def segment_mean(x: Tensor, segments: Segments, dtype: torch.dtype | None = None) -> Tensor:
-    """Mean of each segment's tokens: (B, T, D) → (B, S, D), in `dtype` or x's. An empty segment's mean is zero."""
+    """Mean of each segment's tokens: (B, T, D) → (B, S, D), in `dtype` (default: x's). Zero for an empty segment."""
     parts = x.split(segments, dim=1)
     return torch.stack([s.mean(1, dtype=dtype) if s.shape[1] else s.sum(1, dtype=dtype) for s in parts], dim=1)
 
 
 def spread(means: Tensor, segments: Segments) -> Tensor:
-    """Give every token its segment's row: (B, S, D) → (B, T, D). With `segment_mean` before it, this is J."""
+    """Repeat each segment's row for its tokens: (B, S, D) → (B, T, D). After `segment_mean`, this is J."""
     return torch.cat([means[:, i : i + 1].expand(-1, n, -1) for i, n in enumerate(segments)], dim=1)
 
 
 def merge_reference(x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments) -> Tensor:
-    """Z of eq. 7 as it is written."""
+    """Z, literally as in eq. 7."""
     mean_update = spread(segment_mean(update, segments), segments)  # J F
     mean_x = spread(segment_mean(x, segments), segments)  # J X
     return x + beta * (update - mean_update) + alpha * (mean_update - mean_x)
@@ -58,7 +58,7 @@ def merge_norm_reference(
 
 
 class MergeNorm(torch.autograd.Function):
-    """`merge_norm_reference` with the closed-form backward: fewer passes over memory and fewer kept tensors."""
+    """`merge_norm_reference` with a closed-form backward pass: less memory traffic and fewer saved tensors."""
 
     @staticmethod
     def forward(
@@ -68,7 +68,7 @@ class MergeNorm(torch.autograd.Function):
         alpha, beta = upcast(alpha), upcast(beta)
         wide = torch.promote_types(x.dtype, torch.float32)
         mean_update, mean_x = segment_mean(update, segments, wide), segment_mean(x, segments, wide)  # (B, S, D)
-        z = torch.addcmul(x, beta, update)  # in the widest of the three types
+        z = torch.addcmul(x, beta, update)  # in the widest of the three dtypes
         _add_rows(z, (alpha - beta) * mean_update - alpha * mean_x, segments)
         r = (z.square().mean(-1, keepdim=True) + eps).rsqrt()  # (B, T, 1)
         ctx.save_for_backward(z, r, update, mean_update, mean_x, alpha, beta)
@@ -84,7 +84,7 @@ class MergeNorm(torch.autograd.Function):
         inner = (g * z).mean(-1, keepdim=True)  # ⟨g, Z⟩/D
         delta = torch.addcmul(r * g, z, r**3 * inner, value=-1)
         mean_delta = segment_mean(delta, segments)  # (B, S, D)
-        # Over each segment's tokens. A tensor of these numbers would have to be copied to a GPU, which waits for it.
+        # Sums over each segment's tokens. A tensor of segment lengths would have to be copied to the GPU, a sync.
         sum_delta = torch.stack([row * n for row, n in zip(mean_delta.unbind(1), segments, strict=True)], dim=1)
         d_alpha = (sum_delta * (mean_update - mean_x)).sum((0, 1))
         d_beta = (delta * update).sum((0, 1)) - (sum_delta * mean_update).sum((0, 1))
@@ -95,7 +95,7 @@ class MergeNorm(torch.autograd.Function):
 
 
 def _add_rows(x: Tensor, rows: Tensor, segments: Segments) -> Tensor:
-    """Add to every token (B, T, D), in place, its segment's row (B, S, D)."""
+    """Add each segment's row (B, S, D) to its tokens (B, T, D), in place."""
     for part, row in zip(x.split(segments, dim=1), rows.unbind(1), strict=True):
         part += row[:, None]
     return x
@@ -105,10 +105,13 @@ def merge_norm(x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments:
     """RMSNorm(X + β⊙P F + α⊙J(F − X)).
 
     Args:
-        x, update: (B, T, D). alpha, beta: (D,). segments: lengths adding up to T. eps: the norm's ε.
+        x, update: (B, T, D).
+        alpha, beta: (D,).
+        segments: lengths that add up to T.
+        eps: ε of the norm.
 
     Returns:
-        (B, T, D), in x's type.
+        (B, T, D), in x's dtype.
     """
     out: Tensor = MergeNorm.apply(x, update, alpha, beta, segments, eps)
     return out

@@ -1,21 +1,65 @@
 """Multi-head self-attention as the paper has it: RoPE first, then QK-norm without weights, no biases.
 
-Shapes: B batch, T tokens, D width, H heads, E head dimension (D/H).
+The rotary position embedding is two-dimensional (paper: θ = 10000, half of each head for rows, half for columns).
+
+Shapes: B batch, T tokens (image, then context), D width, H heads, E head dimension (D/H).
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvsplit.kernels.merge_norm import upcast
 from mvsplit.models.layers import Linear, rms_norm
-from mvsplit.models.rope import apply_rope
+
+
+def rope_table(
+    rows: int, columns: int, head_dim: int, theta: float = 10000.0, num_context: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for a rows × columns grid of image tokens in raster order, then context tokens.
+
+    Channels i and i + E/2 rotate in one plane. Of these E/2 planes the first half rotates with the row, the second with
+    the column, each with frequencies θ^(−k/(E/4)), k = 0 … E/4 − 1. Context tokens are not rotated.
+
+    Returns:
+        Two float32 tensors (T, E). The sine's first half is negative: see `apply_rope`.
+
+    Raises:
+        ValueError: if head_dim is not divisible by 4.
+    """
+    if head_dim % 4:
+        raise ValueError(f"head_dim = {head_dim}: two-dimensional RoPE needs width / num_heads divisible by 4")
+    planes = head_dim // 4
+    # From integers: under DeepSpeed's partitioned construction in bf16 `torch.arange` returns bf16 for any float dtype,
+    # and the frequencies would be off by 1/256.
+    frequency = theta ** (-torch.arange(planes).double() / planes)
+    row = torch.arange(rows).double().repeat_interleave(columns)
+    column = torch.arange(columns).double().repeat(rows)
+    angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)  # (rows·columns, E/2)
+    angle = torch.cat([angle, angle.new_zeros(num_context, 2 * planes)])  # (T, E/2)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each plane (i, i + E/2): (a, b) → (a·cos − b·sin, b·cos + a·sin).
+
+    Args:
+        x: (B, H, T, E) queries or keys.
+        cos, sin: (T, E) from `rope_table`.
+    """
+    first, second = x.chunk(2, dim=-1)
+    swapped = torch.cat([second, first], dim=-1)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
 class Attention(nn.Module):
     """Full (unmasked) attention over image and context tokens; scale 1/√E.
 
     Args:
-        width: D. num_heads: H. qk_eps: ε of the query/key norm (reference code: 1e-6).
+        width: D.
+        num_heads: H.
+        qk_eps: ε of the query/key norm (reference code: 1e-6).
         writer_std: initial standard deviation of the writer W_O (see `Residual.writer_std`).
     """
 
@@ -27,9 +71,9 @@ class Attention(nn.Module):
         self.proj = Linear(width, width, std=writer_std)
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, turned and normalised, and values, (B, H, T, E) each, of what `qkv` gave, (B, T, 3·D).
+        """Split the output of `self.qkv`, (B, T, 3·D), into rotated, normalised q and k, and v: (B, H, T, E) each.
 
-        RoPE and QK-norm are computed in float32 at least; the results have the type of `qkv`.
+        RoPE and QK-norm are computed in at least float32; the results have the dtype of `qkv`.
         """
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, E)
         qk = qkv[:, :, :2].permute(2, 0, 3, 1, 4).flatten(0, 1)  # (2B, H, T, E): one pass for both

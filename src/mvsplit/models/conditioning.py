@@ -1,10 +1,10 @@
-"""Context tokens: what the network is conditioned on, and what stands for "nothing" in guidance.
+"""Context tokens: what the network is conditioned on, and the null condition of guidance.
 
-Shapes: B batch, S context tokens, D width, W embedding width (of a text encoder, say).
+Shapes: B batch, S context tokens, D width, W embedding width (for example of a text encoder).
 
-Every context module offers the same three things: `num_tokens`; `forward(condition) -> (B, S, D)`; and
-`drop(condition, mask) -> condition`, which replaces the masked samples' condition by the null condition.
-Label dropout in training and the unguided branch in sampling are both `drop`.
+Every context module has the same interface: `num_tokens`; `forward(condition) -> (B, S, D)`; and
+`drop(condition, mask) -> condition`, which replaces the condition of the masked samples with the null condition.
+Label dropout in training and the unconditional branch in sampling both use `drop`.
 """
 
 from pathlib import Path
@@ -17,25 +17,37 @@ from torch import Tensor, nn
 from mvsplit.models.layers import Linear, normal_like
 
 
-class Context(Protocol):
-    """What the DiT asks of a context module."""
+class Tokens(Protocol):
+    """The interface that a transformer expects of the module that makes its second segment."""
 
     num_tokens: int
 
     def __call__(self, condition: Tensor) -> Tensor: ...
 
+
+class Context(Tokens, Protocol):
+    """The interface that the DiT expects of a context module."""
+
     def drop(self, condition: Tensor, mask: Tensor) -> Tensor: ...
 
 
-def _drop_labels(labels: Tensor, mask: Tensor, null_class: int) -> Tensor:
-    return torch.where(mask, torch.full_like(labels, null_class), labels)
+class ClassContext(nn.Module):
+    """Base of modules that condition on classes; `null_class` means none."""
+
+    null_class: int
+
+    def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """Replace the classes where mask (B,) is true with the null class."""
+        return torch.where(mask, torch.full_like(condition, self.null_class), condition)
 
 
-class ClassTokens(nn.Module):
+class ClassTokens(ClassContext):
     """Learned context tokens per class, plus one null class (index `num_classes`).
 
     Args:
-        width: D. num_classes: classes without the null class. num_tokens: S.
+        width: D.
+        num_classes: without the null class.
+        num_tokens: S.
     """
 
     provided = frozenset({"width"})
@@ -44,8 +56,8 @@ class ClassTokens(nn.Module):
         super().__init__()
         self.num_tokens = num_tokens
         self.null_class = num_classes
-        # Unit scale: the context is RMS-normalised on entry, so only its direction counts. Three-dimensional, so
-        # weight decay, meant for matrices, leaves it alone.
+        # Unit scale: the context is RMS-normalised on entry, so only its direction matters. Three-dimensional, so
+        # that weight decay, which is for matrices, skips it.
         self.table = nn.Parameter(torch.empty(num_classes + 1, num_tokens, width))
         with torch.no_grad():
             self.table.copy_(normal_like(self.table, std=1.0))
@@ -54,20 +66,17 @@ class ClassTokens(nn.Module):
         """condition: (B,) class indices, `null_class` for none. Returns (B, S, D)."""
         return self.table[condition]
 
-    def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
-        """Replace the classes where mask (B,) is true by the null class."""
-        return _drop_labels(condition, mask, self.null_class)
 
-
-class CaptionTable(nn.Module):
+class CaptionTable(ClassContext):
     """A fixed table of caption embeddings, one row per class and a last row for the null caption.
 
     Args:
-        width: D. embeddings: (num_classes + 1, S, W) tensor, or a path to a safetensors file holding it under
-            the key `embeddings`. The table is a buffer: saved with the weights, never trained.
+        width: D.
+        embeddings: (num_classes + 1, S, W) tensor, or the path of a safetensors file that contains it under the key
+            `embeddings`. The table is a buffer: saved with the weights, never trained.
 
     Raises:
-        ValueError: if the file or tensor does not hold a three-dimensional table.
+        ValueError: if the table is missing or not three-dimensional.
     """
 
     provided = frozenset({"width"})
@@ -78,9 +87,7 @@ class CaptionTable(nn.Module):
         if not isinstance(embeddings, Tensor):
             embeddings = _load_embeddings(Path(embeddings))
         if embeddings.ndim != 3:
-            raise ValueError(
-                f"caption table of shape {tuple(embeddings.shape)}: (classes + 1, tokens, width) is needed"
-            )
+            raise ValueError(f"caption table: shape {tuple(embeddings.shape)}, expected (classes + 1, tokens, width)")
         self.num_tokens = embeddings.shape[1]
         self.null_class = embeddings.shape[0] - 1
         self.register_buffer("table", embeddings.float())
@@ -90,17 +97,15 @@ class CaptionTable(nn.Module):
         """condition: (B,) class indices, `null_class` for none. Returns (B, S, D)."""
         return self.proj(self.table[condition])
 
-    def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
-        """Replace the classes where mask (B,) is true by the null caption."""
-        return _drop_labels(condition, mask, self.null_class)
-
 
 class SampleEmbeddings(nn.Module):
     """Per-sample embeddings that come with the batch (the paper: Qwen3-0.6B states, S = 256, W = 1024).
 
     Args:
-        width: D. embedding_width: W; 0 means D. num_tokens: S. null_embedding: safetensors file with the key
-            `embeddings`, (S, W): the encoded empty caption. Without one, zeros stand for "no caption".
+        width: D.
+        num_tokens: S.
+        embedding_width: W; 0 means D.
+        null_embedding: safetensors file with the key `embeddings`, (S, W): the encoded empty caption; None uses zeros.
     """
 
     provided = frozenset({"width"})
@@ -120,7 +125,7 @@ class SampleEmbeddings(nn.Module):
         if null_embedding is not None:
             null = _load_embeddings(Path(null_embedding)).float()
             if null.shape != (num_tokens, embedding_width):
-                raise ValueError(f"null_embedding has shape {tuple(null.shape)}, not ({num_tokens}, {embedding_width})")
+                raise ValueError(f"null_embedding: shape {tuple(null.shape)}, expected {(num_tokens, embedding_width)}")
         self.register_buffer("null", null)
         self.proj = context_projection(embedding_width, width)
 
@@ -129,21 +134,21 @@ class SampleEmbeddings(nn.Module):
         return self.proj(condition)
 
     def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
-        """Replace the embeddings where mask (B,) is true by the null embedding."""
+        """Replace the embeddings where mask (B,) is true with the null embedding."""
         return torch.where(mask[:, None, None], self.null.to(condition.dtype), condition)
 
 
 def context_projection(embedding_width: int, width: int) -> nn.Module:
-    """The reference layout's `context_proj`: it has no weight when the widths agree."""
+    """The reference layout's `context_proj`: without a weight if the widths are equal."""
     return nn.Identity() if embedding_width == width else Linear(embedding_width, width)
 
 
 def _load_embeddings(path: Path) -> Tensor:
-    from safetensors.torch import load_file  # tensors only: nothing in the file can run
+    from safetensors.torch import load_file  # tensors only: the file cannot execute anything
 
     if not path.is_file():
         raise ValueError(f"embeddings file {path} does not exist")
     tensors = load_file(path)
     if "embeddings" not in tensors:
-        raise ValueError(f"{path} has no tensor named 'embeddings', only {', '.join(sorted(tensors)) or 'none'}")
+        raise ValueError(f"{path}: no tensor named 'embeddings'; it contains {', '.join(sorted(tensors)) or 'none'}")
     return tensors["embeddings"]

@@ -1,9 +1,9 @@
-"""The paper's single-stream diffusion transformer.
+"""The paper's single-stream diffusion transformer, and what it shares with other transformers (`models/vit.py`).
 
 Shapes: B batch, C channels, P patch size, I image tokens, S context tokens, T = I + S tokens, D width.
 
-Image and context tokens run through the same blocks, each block an attention and a SwiGLU branch joined to the
-trunk by a residual (`models/residuals.py`). There is neither AdaLN nor a timestep embedding: the network infers t
+Image and context tokens pass through the same blocks. In each, an attention and a SwiGLU branch are merged into the
+trunk by residuals (`models/residuals.py`). There is neither AdaLN nor a timestep embedding: the network infers t
 from its input (paper: a linear probe on the image-token mean predicts t with R² ≈ 0.998).
 """
 
@@ -11,7 +11,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Len
@@ -19,15 +19,14 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, is_grad_enabled, nn
 
 from mvsplit.kernels.merge_norm import Segments, upcast
-from mvsplit.models.attention import Attention
-from mvsplit.models.conditioning import Context
+from mvsplit.models.attention import Attention, rope_table
+from mvsplit.models.conditioning import Context, Tokens
 from mvsplit.models.layers import Linear, SwiGLU, rms_norm
 from mvsplit.models.recompute import Checkpointing
 from mvsplit.models.residuals import Residual
-from mvsplit.models.rope import rope_table
 
 ResidualFactory = Callable[..., Residual]
-"""Called as `factory(width=…, depth=…, branch=…)` for each of a block's two merges."""
+"""Called as `factory(width=…, depth=…, branch=…, number=…)` for each of a block's two merges."""
 
 
 def patchify(image: Tensor, patch: int) -> Tensor:
@@ -44,58 +43,83 @@ def unpatchify(tokens: Tensor, patch: int, rows: int, columns: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, rows * patch, columns * patch)
 
 
-class Block(nn.Module):
-    """Attention and feed-forward, each merged into the trunk by its own residual: two merges per block.
+class Compilable(nn.Module):
+    """Base of blocks: subclasses implement `compute`, the uncompiled `forward`.
 
-    In training, the code that `compiled` holds runs instead of `compute`, if there is any: equal blocks share it. A
-    `watched` block has hooks on its parts, which compiled code would not call.
+    If `compiled` is set, training runs it instead of `compute`; all blocks share the compiled code. A `watched` block
+    runs uncompiled: it has hooks on its parts, which compiled code would not call.
     """
 
     compiled: Callable[..., Tensor] | None = None
     watched = False
+    compute: Callable[..., Tensor]
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """x: (B, T, D). Returns (B, T, D)."""
+        run = self.compute if self.compiled is None or self.watched or not is_grad_enabled() else self.compiled
+        return run(x, *args)
+
+
+class Block(Compilable):
+    """Attention and feed-forward, each merged into the trunk by its own residual: two merges per block."""
 
     def __init__(
-        self, width: int, depth: int, num_heads: int, hidden: int, residual: ResidualFactory, qk_eps: float
+        self, width: int, depth: int, number: int, num_heads: int, hidden: int, residual: ResidualFactory, qk_eps: float
     ) -> None:
         super().__init__()
-        self.residual1 = residual(width=width, depth=depth, branch="attention")
-        self.residual2 = residual(width=width, depth=depth, branch="ffn")
+        self.residual1 = residual(width=width, depth=depth, branch="attention", number=number)
+        self.residual2 = residual(width=width, depth=depth, branch="ffn", number=number)
         self.attention = Attention(width, num_heads, qk_eps, writer_std=self.residual1.writer_std(width))
         self.ffn = SwiGLU(width, hidden, writer_std=self.residual2.writer_std(hidden))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        """x: (B, T, D). Returns (B, T, D)."""
-        run = self.compute if self.compiled is None or self.watched or not is_grad_enabled() else self.compiled
-        return run(x, cos, sin, segments)
-
     def compute(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        """What `forward` does, not compiled."""
+        """x: the trunk, (B, T, D), wider if the residual has several streams; cos, sin: of `rope_table`."""
         x = self.residual1(x, self.attention(self.residual1.branch_input(x), cos, sin), segments)
         return self.residual2(x, self.ffn(self.residual2.branch_input(x)), segments)
 
 
-class DiT(nn.Module):
-    """Predicts the velocity x0 − x1 at z_t.
+def check_compiler(compile: bool) -> None:
+    """Raise `ValueError` if blocks are to be compiled on a machine without a compiler."""
+    if not compile:
+        return
+    # Triton compiles its kernel launchers from C, only with $CC if that is set; CPU kernels are C++.
+    if torch.cuda.is_available():
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        compilers = [os.environ.get("CXX", "c++"), "g++", "clang++"]
+    if not any(map(shutil.which, compilers)):
+        raise ValueError(f"model.compile = True: needs {' or '.join(compilers)}; use false without a compiler")
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")  # both include it
+    if not os.path.isfile(header):
+        raise ValueError(f"model.compile = True: needs {header} (apt install python3-dev); use false without it")
+
+
+class PatchTransformer(nn.Module):
+    """Image patches and a second segment of tokens in one trunk; subclasses add what reads the result.
 
     Args:
         image_size: [height, width] in pixels (or latent cells).
         channels: C, of the image or latent.
         patch_size: P; must divide both sides of the image.
-        depth: blocks. width: D. num_heads: H, with D/H divisible by 4 (two-dimensional RoPE).
+        depth: number of blocks.
+        width: D.
+        num_heads: H, with D/H divisible by 4 (two-dimensional RoPE).
+        context: builds the second segment's module from `width`, e.g. `functools.partial(ClassTokens, num_classes=10)`.
+        residual: builds a residual from `width`, `depth`, `branch` and `number`.
         hidden: inner width of the SwiGLU branch; 0 means 3·D (paper: 3072 at D = 1024).
-        context: makes the context module from `width`, e.g. `functools.partial(ClassTokens, num_classes=10)`.
-        residual: makes a residual from `width`, `depth` and `branch`.
-        rope_theta: base of the rotary frequencies. eps: ε of the input norms. qk_eps: ε of the QK-norm.
-        checkpointing: which blocks' activations are computed again in the backward pass; None keeps everything.
-        compile: compile a block, once for all of them; the whole network would take hours at a thousand.
-        trunk: type of the trunk between two merges. `float32`: with a gain of 1/√depth the error of bfloat16 weights or
-            autocast then does not grow with depth (with a gain of 1 it does). `compute`: that of the branches, as in
-            the paper's kernels; each merge rounds it, and two thousand roundings are a random walk. Merges, norms,
-            token means, RoPE and QK-norm are computed in float32 either way, branches and their matrix products in the
-            type of the weights or of autocast.
+        rope_theta: base of the rotary frequencies.
+        eps: ε of the input norms.
+        qk_eps: ε of the QK-norm.
+        checkpointing: which blocks' activations are recomputed in the backward pass; None keeps all activations.
+        compile: compile one block for all; compiling a network of a thousand blocks as a whole would take hours.
+        trunk: dtype of the trunk between merges. `float32`: with a gain of 1/√depth the error of bfloat16 weights or
+            autocast then does not grow with depth (with a gain of 1 it does). `compute`: the branches' dtype, as in
+            the paper's kernels; each merge rounds the trunk, and two thousand roundings are a random walk. In both
+            cases merges, norms, token means, RoPE and QK-norm are computed in float32, and branches in the dtype of
+            the weights or of autocast.
 
     Raises:
-        ValueError: naming the key, for sizes that do not fit together.
+        ValueError: for sizes that do not fit together; names the key.
     """
 
     def __init__(
@@ -106,7 +130,7 @@ class DiT(nn.Module):
         depth: PositiveInt,
         width: PositiveInt,
         num_heads: PositiveInt,
-        context: Callable[..., Context],
+        context: Callable[..., Tokens],
         residual: ResidualFactory,
         hidden: NonNegativeInt = 0,
         rope_theta: Annotated[float, Ge(1)] = 10000.0,
@@ -122,19 +146,17 @@ class DiT(nn.Module):
         self.checkpointing = checkpointing or Checkpointing()
         self.rows, self.columns = image_size[0] // patch_size, image_size[1] // patch_size
         self.input_shape = (channels, *image_size)
-        patch_dim = patch_size**2 * channels
+        self.width, self.patch_dim = width, patch_size**2 * channels
         self.context = context(width=width)
         self.segments: Segments = (self.rows * self.columns, self.context.num_tokens)
-        self.patch_proj = Linear(patch_dim, width, bias=True)
+        self.patch_proj = Linear(self.patch_dim, width, bias=True)
         self.blocks = nn.ModuleList()
-        for _ in range(depth):  # one by one: sharded strategies take each as it is built
-            block = Block(width, depth, num_heads, hidden or 3 * width, residual, qk_eps)
+        for number in range(1, depth + 1):  # one by one: sharded strategies shard each as it is built
+            block = Block(width, depth, number, num_heads, hidden or 3 * width, residual, qk_eps)
             if compile:
                 block.compiled = torch.compile(block.compute, fullgraph=True)
             self.blocks.append(block)
         self.normalise_output = not block.residual2.normalises_output
-        # Not stated in the paper: we start from a zero velocity, as diffusion transformers commonly do.
-        self.final_proj = Linear(width, patch_dim, bias=True, std=0)
         tables = rope_table(self.rows, self.columns, width // num_heads, rope_theta, self.context.num_tokens)
         # As integers, (2, T, D/H): `network.bfloat16()` and its like round buffers of floats and leave these alone.
         self.rope: Tensor
@@ -142,36 +164,14 @@ class DiT(nn.Module):
 
     @staticmethod
     def check(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: bool) -> None:
-        """Raise `ValueError` for what does not fit; called on the composed config before anything is built."""
-        for side in image_size:
-            if side % patch_size:
-                raise ValueError(f"model.patch_size = {patch_size}: must divide the image size {list(image_size)}")
+        """Raise `ValueError` for sizes that do not fit; called on the composed config before anything is built."""
+        if any(side % patch_size for side in image_size):
+            raise ValueError(f"model.patch_size = {patch_size}: must divide the image size {list(image_size)}")
         if width % num_heads:
             raise ValueError(f"model.width = {width}: must be divisible by model.num_heads = {num_heads}")
-        if width // num_heads % 4:
-            raise ValueError(
-                f"model.num_heads = {num_heads}: width / num_heads = {width // num_heads} must be divisible by 4"
-            )
-        if not compile:
-            return
-        # Triton builds what starts its kernels from C, with $CC alone if that is set; kernels for CPUs are C++.
-        if torch.cuda.is_available():
-            compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-            if not any(map(shutil.which, compilers)):
-                raise ValueError(
-                    f"model.compile = True: needs a C compiler, and there is no {' or '.join(compilers)};"
-                    " allowed is false"
-                )
-        elif not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-            raise ValueError(
-                "model.compile = True: needs a C++ compiler, and there is no g++ or clang++; allowed is false"
-            )
-        header = os.path.join(sysconfig.get_path("include"), "Python.h")  # both include it
-        if not os.path.isfile(header):
-            raise ValueError(
-                f"model.compile = True: needs Python's headers (apt install python3-dev), and there is no {header};"
-                " allowed is false"
-            )
+        if (head_dim := width // num_heads) % 4:
+            raise ValueError(f"model.num_heads = {num_heads}: width / num_heads = {head_dim} must be divisible by 4")
+        check_compiler(compile)
 
     @property
     def rope_tables(self) -> tuple[Tensor, Tensor]:
@@ -179,27 +179,63 @@ class DiT(nn.Module):
         cos, sin = self.rope.view(torch.float32).unbind()
         return cos, sin
 
+    def run(self, image: Tensor, condition: Tensor) -> Tensor:
+        """The tokens after the last block: of the image, then of the context.
+
+        Args:
+            image: (B, C, height, width).
+            condition: input of the context module.
+
+        Returns:
+            (B, T, D).
+        """
+        patches = self.patch_proj(patchify(image, self.patch_size))  # (B, I, D)
+        wide = upcast(patches)
+        entries = (wide, self.context(condition).to(wide.dtype))  # (B, I, D), (B, S, D)
+        x = torch.cat([rms_norm(tokens, self.eps) for tokens in entries], dim=1)  # (B, T, D)
+        if self.trunk == "compute":
+            x = x.to(patches.dtype)
+        first: Residual = self.blocks[0].residual1  # type: ignore[assignment]
+        last: Residual = self.blocks[-1].residual2  # type: ignore[assignment]
+        return last.leave(self.checkpointing.run(self.blocks, first.enter(x), *self.rope_tables, self.segments))
+
+    def output(self, x: Tensor) -> Tensor:
+        """Tokens (B, …, D) of the last block as a head reads them: normalised."""
+        return rms_norm(x, self.eps) if self.normalise_output else x
+
+    # What the monitor measures, see `Watchable` in `stability/taps.py`.
+
+    def writers_of(self, block: Block) -> dict[str, tuple[nn.Module, nn.Module]]:
+        return {"attention": (block.attention.proj, block.residual1), "ffn": (block.ffn.w2, block.residual2)}
+
+    def heads_of(self, block: Block) -> tuple[nn.Linear, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        return block.attention.qkv, lambda qkv: block.attention.heads(qkv, *self.rope_tables)
+
+
+class DiT(PatchTransformer):
+    """Predicts the velocity x0 − x1 at z_t. Its arguments are those of `PatchTransformer`."""
+
+    context: Context
+
+    def __init__(self, *args: Any, **common: Any) -> None:
+        super().__init__(*args, **common)
+        # Not stated in the paper: starts at zero velocity, as is usual for diffusion transformers.
+        self.final_proj = Linear(self.width, self.patch_dim, bias=True, std=0)
+
     def forward(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Velocity at z.
 
         Args:
-            z: (B, C, height, width). t: (B,) times; not used by this network, part of the interface for others.
-            condition: what the context module takes: (B,) classes or (B, S, W) embeddings.
+            z: (B, C, height, width).
+            t: (B,) times; part of the interface, unused by this network.
+            condition: input of the context module: (B,) classes or (B, S, W) embeddings.
 
         Returns:
             (B, C, height, width).
         """
-        image = self.patch_proj(patchify(z, self.patch_size))  # (B, I, D)
-        entries = (upcast(image), upcast(self.context(condition)))  # (B, I, D), (B, S, D)
-        x = torch.cat([rms_norm(tokens, self.eps) for tokens in entries], dim=1)  # (B, T, D)
-        if self.trunk == "compute":
-            x = x.to(image.dtype)
-        x = self.checkpointing.run(self.blocks, x, *self.rope_tables, self.segments)
-        x = x[:, : self.segments[0]]  # (B, I, D)
-        if self.normalise_output:
-            x = rms_norm(x, self.eps)
+        x = self.output(self.run(z, condition)[:, : self.segments[0]])  # (B, I, D)
         return unpatchify(self.final_proj(x), self.patch_size, self.rows, self.columns).to(z.dtype)
 
     def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
-        """The condition, with the samples where mask (B,) is true unconditioned."""
+        """Replace the condition where mask (B,) is true with the null condition."""
         return self.context.drop(condition, mask)

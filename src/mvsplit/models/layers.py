@@ -2,9 +2,9 @@
 
 Shapes: B batch, T tokens, D width, F feed-forward hidden width.
 
-Each module draws its parameters in its own constructor and no parent rewrites them later: under DeepSpeed's
-partitioned construction a parameter is split up as soon as its owner's `__init__` returns, and a parent's
-write would reach an empty tensor.
+Each module initialises its parameters in its own constructor, and no parent changes them later: under DeepSpeed's
+partitioned construction a parameter is sharded as soon as its owner's `__init__` returns, and a parent would write to
+an empty tensor.
 """
 
 import torch
@@ -20,17 +20,17 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 def standard_std(fan_in: int) -> float:
     """1/√(3·fan_in): the scale of PyTorch's own linear layers. The paper does not state its initialisation.
 
-    It matters at depth: in `experiment=mms_lab residual=post_norm` (200 blocks, zero writers) the validation loss
-    stays at 1.58 from step 50 to 200 with 1/√fan_in; with this scale it falls to 1.07 by step 50 before it rises again
-    (1.33 at 100), the late event that the paper describes. One seed.
+    It matters at depth: in `experiment=mms_lab residual=post_norm` (200 blocks, zero writers, one seed) the validation
+    loss stays at 1.58 from step 50 to 200 with 1/√fan_in. With this scale it falls to 1.07 by step 50 before it rises
+    again (1.33 at step 100): the late collapse that the paper describes.
     """
     return (3 * fan_in) ** -0.5
 
 
 def normal_like(parameter: Tensor, std: float) -> Tensor:
-    """Draws from N(0, std²) of a parameter's shape, in float32 whatever its type.
+    """Random values from N(0, std²) in a parameter's shape, always in float32.
 
-    A parameter of bfloat16 then starts as the rounded float32 one: drawn in bfloat16 it would be another network.
+    So a bfloat16 parameter starts as the rounded float32 one; values drawn in bfloat16 would be a different network.
     """
     return nn.init.normal_(torch.empty_like(parameter, dtype=torch.float32), std=std)
 
@@ -38,16 +38,15 @@ def normal_like(parameter: Tensor, std: float) -> Tensor:
 class Linear(nn.Linear):
     """Linear map whose weight is drawn from N(0, std²); biases start at zero.
 
-    It computes in its weight's type, whatever the type of its input; under autocast in the type that autocast chooses.
+    Computes in the dtype of its weight, or in autocast's; the input is cast.
 
     Args:
         std: standard deviation of the initial weight; None means `standard_std`, 0 gives exact zeros.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, std: float | None = None) -> None:
-        self.init_std = (
-            standard_std(in_features) if std is None else std
-        )  # read by reset_parameters, which super() calls
+        # Read by reset_parameters, which super().__init__ calls.
+        self.init_std = standard_std(in_features) if std is None else std
         super().__init__(in_features, out_features, bias=bias)
 
     @torch.no_grad()
@@ -60,7 +59,8 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        # Autocast does not cast float64.
+        if x.dtype != self.weight.dtype and (x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type)):
             x = x.to(self.weight.dtype)
         return super().forward(x)
 
@@ -69,7 +69,9 @@ class SwiGLU(nn.Module):
     """Gated feed-forward: W₂(silu(gate) ⊙ value), gate and value packed in one matrix (gate rows first).
 
     Args:
-        width: D. hidden: F. writer_std: initial standard deviation of the writer W₂ (see `Residual.writer_std`).
+        width: D.
+        hidden: F.
+        writer_std: initial standard deviation of the writer W₂ (see `Residual.writer_std`).
     """
 
     def __init__(self, width: int, hidden: int, writer_std: float | None = None) -> None:

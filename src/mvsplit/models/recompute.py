@@ -1,12 +1,12 @@
-"""Activation checkpointing: keep few activations, compute the others again in the backward pass.
+"""Activation checkpointing: keep few activations, recompute the others in the backward pass.
 
-L blocks, a: bytes that autograd keeps of one block, c: bytes of the trunk between two blocks. The first R blocks are
-recomputed in groups of k, of which only the input is kept; the other L − R keep everything. The backward pass begins
-with those, and has given them up when the first group is recomputed. So about
+L blocks; a: bytes that autograd keeps of one block; c: bytes of the trunk between two blocks. The first R blocks are
+recomputed in groups of k, of which only the input is kept. The other L − R blocks keep everything; the backward pass
+starts with them, and has freed them when it recomputes the first group. So the peak is about
 
     ⌈R/k⌉·c + max(L − R, k)·a
 
-bytes are held at the worst moment. With R = L − k that is least near k = √(L·c/a), and a is 15 to 27 times c here.
+bytes. With R = L − k it is lowest near k = √(L·c/a); here a is 15 to 27 times c.
 """
 
 import logging
@@ -48,25 +48,28 @@ class Schedule:
         return f"{self.recomputed} of {depth} blocks are recomputed{groups}"
 
     def peak_bytes(self, depth: int, saved: int, trunk: int) -> int:
-        """Most bytes of activations held at a time. saved: a of a block. trunk: c, or 0 if it is kept elsewhere."""
+        """Peak of the activations. `saved`: a, in bytes; `trunk`: c, or 0 if the groups' inputs are offloaded."""
         return self.groups * trunk + max(depth - self.recomputed, self.largest_group) * saved
 
 
 @lru_cache
 def choose(depth: int, saved: int, trunk: int, budget: float | None) -> Schedule:
-    """The schedule with the fewest recomputed blocks that fits the budget, else that of least memory.
+    """The schedule with the fewest recomputed blocks that fits the budget, else the one with the lowest peak.
 
-    The last k blocks are never recomputed: it would free nothing, they are the first that the backward pass asks for.
+    The last k blocks are never recomputed: the backward pass needs them first, so it would save nothing.
 
     Args:
-        depth: L. saved: a, bytes. trunk: c, bytes. budget: bytes; None is none at all.
+        depth: L.
+        saved: a, in bytes.
+        trunk: c, in bytes.
+        budget: in bytes; None chooses the lowest peak.
     """
 
     def peak(schedule: Schedule) -> int:
         return schedule.peak_bytes(depth, saved, trunk)
 
     def fewest(every: int, budget: float) -> Schedule:
-        """The more of the L − k blocks are recomputed, the less is held: the first that fits."""
+        """The peak falls with each block that is recomputed: the first schedule that fits."""
         recomputed = range(depth - every)
         return Schedule(bisect_left(recomputed, True, key=lambda r: peak(Schedule(r, every)) <= budget), every)
 
@@ -78,18 +81,17 @@ def choose(depth: int, saved: int, trunk: int, budget: float | None) -> Schedule
 
 
 class HostMemory:
-    """Where the inputs of recomputed groups wait for the backward pass; their places are used again in the next step.
+    """Host memory for the inputs of recomputed groups, reused in the next step.
 
-    From a GPU they go to page-locked memory, both ways in line with its other work, and the host does not wait. PyTorch
-    rounds each page-locked allocation up to a power of two: 134 MB for a trunk of 68. So places are cut from chunks of
-    such a size.
+    Inputs on a GPU are copied to and from page-locked memory on its stream; the host does not wait. PyTorch rounds
+    each page-locked allocation up to a power of two, so 68 MB would take 134: buffers are cut from such chunks.
     """
 
     def __init__(self) -> None:
         self._free: dict[tuple[int, bool], list[Tensor]] = {}
 
     def pack(self, tensor: Tensor) -> "_Kept":
-        """Copy a tensor here."""
+        """Copy a tensor to host memory."""
         place = self._place(tensor.nbytes, tensor.is_cuda)
         host = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         host.copy_(tensor, non_blocking=tensor.is_cuda)
@@ -97,11 +99,11 @@ class HostMemory:
 
     @staticmethod
     def unpack(kept: "_Kept") -> Tensor:
-        """A copy of it where it came from."""
+        """Copy it back to its device."""
         return kept.host.to(kept.device, non_blocking=True, copy=True)
 
     def _place(self, size: int, pinned: bool) -> Tensor:
-        size = -(-size // 512) * 512  # whole cache lines, whatever type comes next
+        size = -(-size // 512) * 512  # whole cache lines, for any dtype
         free = self._free.setdefault((size, pinned), [])
         if not free:
             chunk = empty(chunk_size(size), dtype=uint8, pin_memory=pinned)
@@ -111,7 +113,7 @@ class HostMemory:
 
 @dataclass
 class _Kept:
-    """A tensor's numbers in host memory. Its place is free again once nothing refers to this."""
+    """A tensor's values in host memory. The buffer is free again when this object is deleted."""
 
     host: Tensor
     device: device
@@ -123,7 +125,7 @@ class _Kept:
 
 
 def chunk_size(size: int) -> int:
-    """The smallest power of two that places of this size fill to nine tenths."""
+    """The smallest power of two that buffers of this size fill to nine tenths."""
     least = 1 << (size - 1).bit_length()
     return next(chunk for chunk in (least << n for n in count()) if chunk // size * size >= 0.9 * chunk)
 
@@ -131,19 +133,18 @@ def chunk_size(size: int) -> int:
 class Checkpointing:
     """Runs a stack of blocks with activation checkpointing.
 
-    Recomputation draws the random numbers of the forward pass again, and gives the same gradients to the bit where the
-    operations do (on CPUs).
+    Recomputation uses the random numbers of the forward pass. Gradients are equal to the bit if the operations are
+    deterministic (they are on CPUs).
 
     Args:
-        every: k, blocks per group; 0 keeps all activations; `auto` measures, at the first training batch, what a block
-            keeps and takes `choose`'s schedule.
-        fraction: share of the blocks that are recomputed, the first ones (paper: 3 of 4).
-        budget_gib: bytes, in GiB, that `auto` may use for the activations of a process; None takes the schedule of
-            least memory.
-        offload: keep the groups' inputs in host memory (pinned if they come from a GPU).
+        every: k, blocks per group; 0 keeps all activations; `auto` measures a block at the first training batch and
+            uses `choose`'s schedule.
+        fraction: share of the blocks that are recomputed, starting with the first (paper: 3 of 4).
+        budget_gib: memory for the activations of a process with `auto`; None chooses the schedule with the lowest peak.
+        offload: keep the groups' inputs in host memory (pinned, for those on a GPU).
 
     Raises:
-        ValueError: naming the key, for settings that contradict each other.
+        ValueError: for settings that contradict each other; names the key.
     """
 
     def __init__(
@@ -163,31 +164,30 @@ class Checkpointing:
         """Raise `ValueError` for settings that contradict each other; called before anything is built."""
         key = "model.checkpointing"
         if budget_gib is not None and every != "auto":
-            raise ValueError(f"{key}.budget_gib = {budget_gib}: only for every=auto, and every = {every}")
+            raise ValueError(f"{key}.budget_gib = {budget_gib}: only allowed with every=auto, but every = {every}")
         if fraction != 1 and every in (0, "auto"):
-            raise ValueError(f"{key}.fraction = {fraction}: only for every=1, 2, …, and every = {every}")
+            raise ValueError(f"{key}.fraction = {fraction}: only allowed with every=1, 2, …, but every = {every}")
         if offload and every == 0:
-            raise ValueError(f"{key}.offload = {offload}: every = 0 recomputes nothing, so there is nothing to offload")
+            raise ValueError(f"{key}.offload = {offload}: nothing to offload, since every = 0 recomputes nothing")
 
     def schedule(self, depth: int, saved: int, trunk: int) -> Schedule:
-        """What is recomputed. depth: L. saved, trunk: a and c in bytes, which only `auto` looks at."""
+        """What is recomputed in `depth` (L) blocks. `saved`, `trunk`: a and c in bytes, used by `auto` only."""
         if self.every == "auto":
             budget = None if self.budget_gib is None else self.budget_gib * 2**30
             return choose(depth, saved, 0 if self.offload else trunk, budget)
-        assert isinstance(self.every, int)
         return Schedule(round(self.fraction * depth), self.every) if self.every else Schedule(0, 0)
 
     def likely_group(self, depth: int) -> int:
-        """Blocks that are recomputed together; with `auto` about those that it chooses without a budget."""
+        """Blocks per group; for `auto` an estimate of what it chooses without a budget."""
         return self.every if isinstance(self.every, int) else round(math.sqrt(depth / 20))
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor, *args: Any) -> Tensor:
-        """`block(x, *args)` for one block after the other. x, and the result: (B, T, D)."""
+        """Apply `x = block(x, *args)` block by block. x, and the result: (B, T, D)."""
         blocks = list(blocks)  # slices of a ModuleList are new modules
         if not is_grad_enabled():
             return _run(blocks, x, args)
         if not x.requires_grad:
-            x.requires_grad_()  # below frozen layers; else ZeRO-3 would not gather a block's weights for its backward
+            x.requires_grad_()  # after frozen layers; else ZeRO-3 would not gather a block's weights for its backward
         done = 0
         if self.every != "auto":
             schedule = self.schedule(len(blocks), 0, 0)
@@ -196,26 +196,26 @@ class Checkpointing:
         else:
             trunk = x.nbytes
             x, saved = saved_bytes(lambda: blocks[0](x, *args), blocks[0], args)
-            done = 1  # once, the first block keeps what it saved: no block runs for the measurement alone
+            done = 1  # in this step the first block keeps its activations: it need not run twice to be measured
             schedule = self._chosen[key] = self.schedule(len(blocks), saved, trunk)
-            self._tell(schedule, len(blocks), saved, trunk)
+            self._log(schedule, len(blocks), saved, trunk)
         for first in range(0, schedule.recomputed, schedule.every or 1):
             group = blocks[max(first, done) : min(first + schedule.every, schedule.recomputed)]
             if group:
                 with saved_tensors_hooks(self._host.pack, self._host.unpack) if self.offload else nullcontext():
-                    # Around the group's input alone: what the group itself saves is checkpoint's, which drops it.
+                    # Offloads the group's input alone: `checkpoint` drops what is saved inside.
                     x = checkpoint(_run, group, x, args, use_reentrant=False)
         return _run(blocks[max(schedule.recomputed, done) :], x, args)
 
-    def _tell(self, schedule: Schedule, depth: int, saved: int, trunk: int) -> None:
+    def _log(self, schedule: Schedule, depth: int, saved: int, trunk: int) -> None:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
             return
         needed = schedule.peak_bytes(depth, saved, 0 if self.offload else trunk) / 2**30
-        log.info(f"checkpointing: {schedule.describe(depth)}; activations of the blocks take {needed:.2f} GiB")
+        log.info(f"checkpointing: {schedule.describe(depth)}; the blocks' activations need {needed:.2f} GiB")
         if self.budget_gib is not None and needed > self.budget_gib:
             log.warning(
-                f"model.checkpointing.budget_gib = {self.budget_gib}: even the schedule of least memory needs"
-                f" {needed:.2f} GiB; a smaller batch or more devices would fit"
+                f"model.checkpointing.budget_gib = {self.budget_gib}: the schedule with the lowest peak needs"
+                f" {needed:.2f} GiB; use a smaller batch or more devices"
             )
 
 
@@ -226,20 +226,20 @@ def _run(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Any, ...]) -> Tenso
 
 
 def saved_bytes(run: Callable[[], Tensor], module: nn.Module, shared: Sequence[Any] = ()) -> tuple[Tensor, int]:
-    """Run something and count what autograd keeps of it for the backward pass.
+    """Call a function and count the bytes that autograd keeps for its backward pass.
 
     Args:
-        run: calls `module`, whose parameters do not count.
-        shared: tensors that do not count either: they are there anyway, whatever the number of blocks.
+        run: calls `module`, whose parameters are not counted.
+        shared: tensors that are not counted either, since all blocks share them.
 
     Returns:
-        The result of `run()`, and the bytes of the distinct storages that it keeps, its input included.
+        The result of `run()`, and the bytes of the distinct storages that are kept, including the input's.
     """
     sizes: dict[int, int] = {}
     others = {_identity(t) for t in shared if isinstance(t, Tensor)}
 
     def pack(tensor: Tensor) -> Tensor:
-        # Asked each time: sharded parameters have their storage only while the module runs.
+        # Looked up each time: sharded parameters have a storage only while the module runs.
         if _identity(tensor) not in others.union(_identity(p.data) for p in module.parameters()):
             sizes[_identity(tensor)] = tensor.untyped_storage().nbytes()
         return tensor

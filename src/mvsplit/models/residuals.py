@@ -1,16 +1,16 @@
-"""How a branch's update joins the trunk: the paper's split, its baselines, and the article's reading of it.
+"""How a branch's update is merged into the trunk: the paper's split, its baselines, and the article's reading of it.
 
 Shapes: B batch, T tokens, D width.
 
-Every residual is called alike, `x = residual(x, update, segments)` with `update = F(residual.branch_input(x))`, so
-any of them can be tried in any transformer. `segments` are the lengths of consecutive token groups (image tokens,
-context tokens); residuals that do not look at token means ignore them. Notation: J is the token mean of each
-segment, P = I − J, RMSNorm has no weights, ⊙ is per channel.
+All residuals have the same interface, `x = residual(x, update, segments)` with `update = F(residual.branch_input(x))`,
+so any of them fits any transformer. `segments` are the lengths of consecutive groups of tokens (image, context);
+residuals that do not use token means ignore them. Notation: J is the token mean of each segment, P = I − J, RMSNorm has
+no weights, ⊙ is per channel. The rivals since 2025, which move or scale the norms, are in `norm_placements.py`.
 
-A subclass takes the base's arguments too (`**common`). Its `merge` sees trunk and update in float32 at least, whatever
-types they and the gains have, and the next trunk has the type of the last: what rounds is chosen by the network alone.
+A subclass also takes the base's arguments (`**common`). Its `merge` gets trunk and update in at least float32, whatever
+their dtypes; the new trunk has the old one's dtype. So the network alone decides what is rounded.
 
-Each residual also says how the branch's last matrix (its "writer": W_O, W_2) starts:
+Each residual also defines how the branch's last matrix (its "writer": W_O, W_2) is initialised:
 
     zero      the branch adds nothing at first        normal    N(0, 0.02²), the paper's LayerScale runs
     standard  N(0, 1/(3·fan_in)), PyTorch's scale     deepnorm  standard × (8·depth)^(−1/4)
@@ -33,18 +33,21 @@ Gain = float | Literal["auto"]
 
 
 class Residual(nn.Module):
-    """Base of all residuals: what a block may ask of one. Subclasses write `merge`.
+    """Base of all residuals: the interface that a block uses. Subclasses implement `merge`.
+
+    A trunk of several streams is one tensor (B, T, streams · D): see `SiameseNorm`.
 
     Args:
         width: D.
-        depth: blocks in the network (a block has two merges).
+        depth: number of blocks in the network (a block has two merges).
         branch: which of the two merges this is.
-        writer_init: initialisation of the branch's writer, see above; None takes the class's own default.
+        number: of the block, counted from 1.
+        writer_init: initialisation of the branch's writer, see above; None uses the class's default.
         eps: ε of the RMSNorm.
     """
 
-    provided = frozenset({"width", "depth", "branch"})
-    """Arguments that the network fills in, and configs do not set."""
+    provided = frozenset({"width", "depth", "branch", "number"})
+    """Arguments that the network passes and configs cannot set."""
     default_writer_init: WriterInit = "zero"
     normalises_output = True
     """Whether the trunk leaves this residual RMS-normalised; if not, the network ends with a norm."""
@@ -54,6 +57,7 @@ class Residual(nn.Module):
         width: PositiveInt,
         depth: PositiveInt = 1,
         branch: Branch = "attention",
+        number: PositiveInt = 1,
         writer_init: WriterInit | None = None,
         eps: PositiveFloat = 1e-6,
     ) -> None:
@@ -62,7 +66,7 @@ class Residual(nn.Module):
         self.writer_init: WriterInit = writer_init or self.default_writer_init
 
     def writer_std(self, fan_in: int) -> float:
-        """Standard deviation with which the branch's writer, of `fan_in` inputs, starts."""
+        """Initial standard deviation of the branch's writer, a matrix with `fan_in` inputs."""
         return {
             "zero": 0.0,
             "normal": 0.02,
@@ -70,27 +74,35 @@ class Residual(nn.Module):
             "deepnorm": standard_std(fan_in) * (8 * self.depth) ** -0.25,
         }[self.writer_init]
 
+    def enter(self, x: Tensor) -> Tensor:
+        """The trunk that the first block gets from the tokens (B, T, D): wider if it has several streams."""
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        """The tokens (B, T, D) that the network's head gets from the last block's trunk."""
+        return x
+
     def branch_input(self, x: Tensor) -> Tensor:
-        """What the branch sees: the trunk itself, unless a residual normalises it first."""
+        """Input of the branch, (B, T, D): the trunk itself, unless a residual normalises it first."""
         return x
 
     def merge(self, x: Tensor, update: Tensor, segments: Segments) -> Tensor:
-        """The merged trunk Z, before the norm. x, update: (B, T, D), float32 at least. Returns (B, T, D)."""
+        """The merged trunk Z, before the norm. x, update: (B, T, D), at least float32. Returns (B, T, D)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, update: Tensor, segments: Segments) -> Tensor:
-        """The next trunk. x, update: (B, T, D); segments add up to T. Returns (B, T, D) in x's type."""
+        """The new trunk. x, update: (B, T, D); segments add up to T. Returns (B, T, D) in x's dtype."""
         z = self.merge(upcast(x), upcast(update), segments)
         return (rms_norm(z, self.eps) if self.normalises_output else z).to(x.dtype)
 
     def gain(self, value: Gain, width: int | None = None) -> nn.Parameter:
-        """A trainable gain per channel, (width or D,), starting at `value` everywhere."""
+        """A trainable gain per channel, (width or D,), initialised to `value`."""
         start = self.depth**-0.5 if value == "auto" else float(value)
         return nn.Parameter(torch.full((width or self.width,), start))
 
 
 class PostNorm(Residual):
-    """X' = RMSNorm(X + F(X)): the paper's un-stabilised baseline, zero writers."""
+    """X' = RMSNorm(X + F(X)): the paper's unstabilised baseline, zero writers."""
 
     def merge(self, x: Tensor, update: Tensor, segments: Segments) -> Tensor:
         return x + update
@@ -110,7 +122,7 @@ class PreNorm(Residual):
 
 
 class ReZero(Residual):
-    """X' = X + a·F(X) with one scalar a per merge that starts at 0, and no norm (Bachlechner et al., 2020)."""
+    """X' = X + a·F(X) with one scalar a per merge, initially 0, and no norm (Bachlechner et al., 2020)."""
 
     default_writer_init = "standard"
     normalises_output = False
@@ -136,18 +148,12 @@ class LayerScale(Residual):
     """X' = RMSNorm(X + λ⊙F(X)): one gain per channel for the whole update (paper: λ init swept 1e-2 … 1e-5).
 
     Args:
-        lambda_init: where every λ starts; `auto` is 1/√depth.
+        lambda_init: initial λ; `auto` is 1/√depth.
     """
 
     default_writer_init = "normal"
 
-    def __init__(
-        self,
-        width: PositiveInt,
-        *,
-        lambda_init: Gain = 1e-2,
-        **common: Any,
-    ) -> None:
+    def __init__(self, width: PositiveInt, *, lambda_init: Gain = 1e-2, **common: Any) -> None:
         super().__init__(width, **common)
         self.scale = self.gain(lambda_init)
 
@@ -158,17 +164,17 @@ class LayerScale(Residual):
 class MVSplit(Residual):
     """The paper's mean-variance split: Z = X + β⊙P F + α⊙J(F − X), X' = RMSNorm(Z) (eq. 7).
 
-    The split is over *tokens*: each segment's token mean J and what remains, P = I − J, get gains of their own, so
-    PZ = PX + β⊙PF and JZ = (1 − α)⊙JX + α⊙JF (eq. 9). The popular article's other reading, a split of the feature
-    channels into two groups, is `ChannelSplit`; this class is the paper's.
+    The split is over *tokens*: each segment's token mean (J) and the centred part (P = I − J) have their own gains, so
+    PZ = PX + β⊙PF and JZ = (1 − α)⊙JX + α⊙JF (eq. 9). The popular article reads it as a split of the feature channels
+    into two groups: that is `ChannelSplit`.
 
     Args:
-        alpha_init: where every α starts (paper: 0).
-        beta_init: where every β starts; `auto` is 1/√depth (paper: 1 at 400 blocks, 0.03 ≈ 1/√1000 at 1000).
-        segment_means: take means per segment (paper); False takes one mean over all tokens.
-        mean_update: what happens to the trunk's mean. `leaky`: α⊙J(F − X), the paper's leaky replacement;
-            `plain`: α⊙JF, the mean accumulates and never leaks; `none`: the update's mean is dropped.
-        attention_only: split at the attention merge alone and leave the FFN merge a `PostNorm` (paper's negative
+        alpha_init: initial α (paper: 0).
+        beta_init: initial β; `auto` is 1/√depth (paper: 1 at 400 blocks, 0.03 ≈ 1/√1000 at 1000).
+        segment_means: one mean per segment (paper); False uses one mean over all tokens.
+        mean_update: what is added to the trunk's mean. `leaky`: α⊙J(F − X), the paper's leaky replacement;
+            `plain`: α⊙JF, the mean accumulates; `none`: nothing, the update's mean is dropped.
+        attention_only: split only the attention merge; the FFN merge is then a `PostNorm` (the paper's negative
             result: the spike moves to the FFN writer).
     """
 
@@ -210,20 +216,25 @@ class MVSplit(Residual):
         return super().forward(x, update, segments)
 
 
+def split_channels(update: Tensor, num_mean: int, segments: Segments) -> tuple[Tensor, Tensor]:
+    """JF of the first `num_mean` channels, and PF of the others. update: F, (B, T, D). Returns (B, T, ·) each."""
+    mean = spread(segment_mean(update, segments), segments)
+    return mean[..., :num_mean], (update - mean)[..., num_mean:]
+
+
 class ChannelSplit(Residual):
     """The popular article's reading of the split, *not* the paper's: over channels instead of tokens.
 
-    The first channels form a mean group that receives only the update's token mean, the others a variance group
-    that receives only its centred part; each group has its own gain, then both are merged by concatenation and
-    one norm: Z = [X_m + α⊙J F_m ; X_v + β⊙P F_v], X' = RMSNorm(Z). The article gives no formula; this is the most
-    literal one. The paper's split, where every channel has both parts, is `MVSplit`.
+    The first channels form a mean group that gets only the update's token mean, the others a variance group that gets
+    only its centred part. Each group has its own gain: Z = [X_m + α⊙J F_m ; X_v + β⊙P F_v], X' = RMSNorm(Z). The
+    article gives no formula; this is the most literal one. In `MVSplit`, the paper's, every channel has both parts.
 
     Args:
         mean_fraction: share of the channels in the mean group.
-        alpha_init, beta_init: where the gains of the mean and variance group start; `auto` is 1/√depth.
+        alpha_init, beta_init: initial gains of the mean and the variance group; `auto` is 1/√depth.
 
     Raises:
-        ValueError: if one of the groups would have no channel.
+        ValueError: if one of the groups would be empty.
     """
 
     def __init__(
@@ -243,7 +254,5 @@ class ChannelSplit(Residual):
         self.beta = self.gain(beta_init, width - self.num_mean)
 
     def merge(self, x: Tensor, update: Tensor, segments: Segments) -> Tensor:
-        mean = spread(segment_mean(update, segments), segments)
-        mean_group = self.alpha * mean[..., : self.num_mean]
-        variance_group = self.beta * (update - mean)[..., self.num_mean :]
-        return x + torch.cat([mean_group, variance_group], dim=-1)
+        mean, centred = split_channels(update, self.num_mean, segments)
+        return x + torch.cat([self.alpha * mean, self.beta * centred], dim=-1)
