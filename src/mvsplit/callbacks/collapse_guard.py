@@ -1,255 +1,221 @@
-"""Looks at the step's statistics before each optimiser step, and acts when the network begins to collapse."""
+"""What happens when the detector finds that the network begins to collapse, before the optimiser takes the step."""
 
 import json
 import math
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
-from annotated_types import Ge, Gt, Le
-from lightning import Callback, LightningModule, Trainer
+from annotated_types import Gt, Le
+from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor
-from torch.optim import Optimizer
+from pydantic import NonNegativeInt, PositiveInt
 from torch.optim.lr_scheduler import LambdaLR
 
 from mvsplit.callbacks.ema import EMA
-from mvsplit.callbacks.stability import StabilityProbe
-from mvsplit.stability.watch import Event, Thresholds, Watch
-from mvsplit.training.shards import drop_gradients, on_disk
+from mvsplit.callbacks.stability_probe import StepRow
+from mvsplit.stability.detector import CollapseDetector, Event
+from mvsplit.training.gradients import drop_gradients
 from mvsplit.training.snapshots import Snapshot
-from mvsplit.training.strategies import takes_step
-from mvsplit.utils.console import say
-from mvsplit.utils.errors import AgreedError, UserError
+from mvsplit.utils.console import info
+from mvsplit.utils.errors import AgreedError
 
 ALARMS = ("onset", "dead")
 ROWS_IN_REPORT = 50
 MAX_SKIPPED = 50
+SAVED = ("lr_scale", "rollbacks", "skipped")
 
 
-class CollapseGuard(Callback):
-    """Judges the values of the `StabilityProbe` (which must stand before it) and acts at an onset or a dead network.
-
-    Every decision is appended to `<folder>/guard.jsonl`, said, and shown as text in TensorBoard; benign spikes too, but
-    nothing is done about them. What is done otherwise, before the optimiser takes the step:
-
-    - `warn`: nothing more.
-    - `skip`: the step is not taken, weights and optimiser stay as they are to the bit; nor are the next ones, while
-      their statistics are beyond the thresholds. After 50 in a row the run stops: the weights themselves are ill.
-    - `rollback`: weights, optimiser and averages go back to a copy in host memory, of a time comfortably before; this
-      step is not taken and the learning rate is `lr_factor` of what it was from now on. The stream of data and the
-      schedule go on: they are functions of the step. After `max_rollbacks` of them the run stops.
-    - `stop`: the run ends on all ranks, with a report `<folder>/collapse_step_<step>.json`.
-
-    Copies are never in a checkpoint: after a resume the loaded state is the first one.
+class RunControl:
+    """What the guard may do to a run, on all ranks alike.
 
     Args:
-        action: see above. folder: of the log and the report.
-        snapshot_every: healthy steps between two copies, of which the last two are kept. margin: steps that a copy
-            must be older than the onset (the paper's gradients stir 30 steps before), if one is. max_rollbacks: in
-            the whole run, resumes included. lr_factor: see above.
-        spike, ratio, cosine_onset, cosine_dead, q_dead, loss_rise, loss_dead, window, patience, recovery: the
-            thresholds that may need another value, see `mvsplit.stability.thresholds.Thresholds`.
+        folder: of `guard.jsonl` and of reports.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, folder: Path) -> None:
+        self.trainer, self.module, self.folder = trainer, module, folder
+        self.averages = next((c.shadow for c in trainer.callbacks if isinstance(c, EMA)), {})
+
+    def any_rank(self, wanted: bool) -> bool:
+        return self.trainer.strategy.reduce_boolean_decision(wanted, all=False)
+
+    def snapshot(self, step: int) -> Snapshot:
+        return Snapshot(step, self.module, self.trainer.optimizers[0], self.averages)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        snapshot.restore(self.module, self.trainer.optimizers[0], self.averages)
+
+    def skip_step(self) -> None:
+        """Let the optimiser step that follows change nothing."""
+        drop_gradients(self.module)
+
+    def scale_lr(self, scale: float) -> None:
+        """Multiply the schedule's learning rate. Call at each step: a resume restores the config's values."""
+        scheduler = self.module.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        groups = scheduler.optimizer.param_groups
+        scheduler.base_lrs = [group["initial_lr"] * scale for group in groups]
+        for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(scheduler.last_epoch)
+
+    def log(self, decision: dict[str, Any]) -> None:
+        """Append a decision to `guard.jsonl`, print it, and show it in TensorBoard."""
+        if not self.trainer.is_global_zero:
+            return
+        step, kind, why, action, *_ = decision.values()
+        more = (
+            f" to step {decision['back_to']}, learning rate × {decision['lr_scale']:g}" if "back_to" in decision else ""
+        )
+        info(f"guard            step {step}: {kind}, {why}; action: {action}{more}")
+        with (self.folder / "guard.jsonl").open("a") as file:
+            file.write(json.dumps(decision) + "\n")
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("stability/guard", f"{kind}: {why}; {action}", step)
+
+    def report(self, step: int, content: dict[str, Any]) -> Path:
+        path = self.folder / f"collapse_step_{step}.json"
+        if self.trainer.is_global_zero:
+            path.write_text(json.dumps(content, indent=2))
+        return path
+
+
+class CollapseGuard:
+    """Acts at an onset or a dead network. Benign spikes are only logged.
+
+    - `warn`: logs the event, nothing more.
+    - `skip`: the step is not taken; weights and optimiser stay as they are to the bit. Nor are the steps after it, as
+      long as their statistics are beyond the thresholds. After 50 skipped steps in a row the run stops: the weights
+      themselves have collapsed.
+    - `rollback`: weights, optimiser and averages return to a copy in host memory that is clearly older than the onset;
+      this step is not taken, and the learning rate is multiplied by `lr_factor` from here on. Data and schedule are
+      functions of the step and continue. After `max_rollbacks` rollbacks the run stops.
+    - `stop`: the run ends on all ranks, with a report `collapse_step_<step>.json`.
+
+    Copies are never part of a checkpoint: after a resume the loaded state is the first copy.
+
+    Args:
+        action: see above.
+        snapshot_every: healthy steps between two copies, of which the last two are kept.
+        margin: a copy must be this many steps older than the onset, if one is (the paper's gradients rise 30 steps
+            before).
+        max_rollbacks: in the whole run, including resumes.
+        lr_factor: see above.
 
     Raises:
-        UserError: if there is no probe before it. AgreedError: where the run ends.
+        AgreedError: where the run ends.
     """
 
     def __init__(
         self,
-        folder: str,
         action: Literal["warn", "skip", "rollback", "stop"] = "warn",
         snapshot_every: PositiveInt = 100,
         margin: NonNegativeInt = 50,
         max_rollbacks: NonNegativeInt = 3,
         lr_factor: Annotated[float, Gt(0), Le(1)] = 0.5,
-        spike: PositiveFloat = Thresholds.spike,
-        ratio: PositiveFloat = Thresholds.ratio,
-        cosine_onset: Annotated[float, Gt(0), Le(1)] = Thresholds.cosine_onset,
-        cosine_dead: Annotated[float, Gt(0), Le(1)] = Thresholds.cosine_dead,
-        q_dead: PositiveFloat = Thresholds.q_dead,
-        loss_rise: PositiveFloat = Thresholds.loss_rise,
-        loss_dead: PositiveFloat = Thresholds.loss_dead,
-        window: Annotated[int, Ge(Thresholds.min_rows)] = Thresholds.window,
-        patience: PositiveInt = Thresholds.patience,
-        recovery: PositiveInt = Thresholds.recovery,
     ) -> None:
-        self.folder, self.action = Path(folder), action
+        self.action = action
         self.snapshot_every, self.margin = snapshot_every, margin
         self.max_rollbacks, self.lr_factor = max_rollbacks, lr_factor
-        self.thresholds = Thresholds(
-            spike=spike,
-            ratio=ratio,
-            cosine_onset=cosine_onset,
-            cosine_dead=cosine_dead,
-            q_dead=q_dead,
-            loss_rise=loss_rise,
-            loss_dead=loss_dead,
-            window=window,
-            patience=patience,
-            recovery=recovery,
-        )
-        self.watch = Watch(self.thresholds)
         self.lr_scale, self.rollbacks, self.skipped = 1.0, 0, 0
         self.decisions: list[dict[str, Any]] = []
         self.snapshots: list[Snapshot] = []
         self._healthy_since = 0
         self._rows: deque[dict[str, Any]] = deque(maxlen=ROWS_IN_REPORT)
-        self._probe: StabilityProbe | None = None
 
-    # ------------------------------------------------------------------- set-up
+    def start(self, step: int, on_disk: bool) -> None:
+        """Training begins or resumes at this step.
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        before = trainer.callbacks[: trainer.callbacks.index(self)]
-        self._probe = next((c for c in before if isinstance(c, StabilityProbe)), None)
-        if self._probe is None:
-            raise UserError(
-                "callbacks.guard: needs callbacks.stability, before it; or switch it off: callbacks.guard=null"
-            )
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.action == "rollback" and on_disk(module):
+        Args:
+            on_disk: whether the optimiser's state is stored on NVMe.
+        """
+        if self.action == "rollback" and on_disk:
             raise AgreedError(
-                "callbacks.guard.action = rollback: NVMe cannot be put back; allowed are warn, skip and stop"
+                "callbacks.monitor.guard.action = rollback: state on NVMe cannot be restored; use warn, skip or stop"
             )
-        self.snapshots, self._healthy_since = [], trainer.global_step
-        if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self.snapshots, self._healthy_since = [], step
 
-    # ------------------------------------------------------------------ each step
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._scale_lr(module)
-
-    def _scale_lr(self, module: LightningModule) -> None:
-        """The schedule's learning rate times ours. Anew each step: a resume puts the config's values back."""
-        if self.lr_scale == 1.0:
-            return
-        scheduler = module.lr_schedulers()
-        assert isinstance(scheduler, LambdaLR)
-        groups = scheduler.optimizer.param_groups
-        scheduler.base_lrs = [group["initial_lr"] * self.lr_scale for group in groups]
-        for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-            group["lr"] = base * factor(scheduler.last_epoch)
-
-    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
-        if not takes_step(trainer):
-            return
-        assert self._probe is not None
-        step, values = trainer.global_step, dict(self._probe.values)
-        self._rows.append({"step": step} | values)
-        events = self.watch.observe(step, dict(values))
-        alarm = next((event for event in events if event.kind in ALARMS), None)
-        for event in events:
+    def act(self, row: StepRow, detector: CollapseDetector, run: RunControl) -> None:
+        """Act on the events in the row, which the detector has just observed. A collective call."""
+        self._rows.append({"step": row.step} | row.values)
+        alarm = next((event for event in row.events if event.kind in ALARMS), None)
+        for event in row.events:
             if event is not alarm or self.action == "warn":
-                self._log(trainer, event, "warn" if event is alarm else "none")
+                self._log(run, event, "warn" if event is alarm else "none")
         if self.action == "rollback":
-            self._keep(trainer, module, step)
-        still_ill = self.action == "skip" and self.watch.state != "healthy" and self.watch.beyond
-        # The values are the same on all ranks, so this is too; if ever it were not, all act rather than some.
-        if self.action == "warn" or not trainer.strategy.reduce_boolean_decision(bool(alarm or still_ill), all=False):
+            self._keep(row.step, detector, run)
+        persists = self.action == "skip" and detector.state != "healthy" and detector.beyond
+        # The values are the same on all ranks, so this is too. If it ever differed, all ranks would act, not some.
+        if self.action == "warn" or not run.any_rank(bool(alarm or persists)):
             self.skipped = 0
             return
-        alarm = alarm or Event(step, "dead" if self.watch.state == "dead" else "onset", "still beyond the thresholds")
+        kind: Literal["onset", "dead"] = "dead" if detector.state == "dead" else "onset"
+        alarm = alarm or Event(row.step, kind, "still beyond the thresholds")
         if self.action == "stop":
-            self._stop(trainer, alarm, f"the network is {'dead' if alarm.kind == 'dead' else 'collapsing'}")
+            self._stop(run, alarm, detector, f"the network is {'dead' if alarm.kind == 'dead' else 'collapsing'}")
         elif self.action == "skip":
-            self._skip(trainer, module, alarm)
+            self._skip(run, alarm, detector)
         else:
-            self._roll_back(trainer, module, alarm)
+            self._roll_back(run, alarm, detector)
 
-    def _log(self, trainer: Trainer, event: Event, action: str, **more: Any) -> None:
+    def _log(self, run: RunControl, event: Event, action: str, **more: Any) -> None:
         decision = {"step": event.step, "kind": event.kind, "why": event.why, "action": action} | more
         self.decisions.append(decision)
-        if not trainer.is_global_zero:
-            return
-        say(f"guard            step {event.step}: {event.kind}, {event.why}; action: {action}")
-        with (self.folder / "guard.jsonl").open("a") as file:
-            file.write(json.dumps(decision) + "\n")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("stability/guard", f"{event.kind}: {event.why}; {action}", event.step)
+        run.log(decision)
 
-    # -------------------------------------------------------------------- actions
-
-    def _skip(self, trainer: Trainer, module: LightningModule, alarm: Event) -> None:
+    def _skip(self, run: RunControl, alarm: Event, detector: CollapseDetector) -> None:
         self.skipped += 1
         if self.skipped > MAX_SKIPPED:
-            self._stop(trainer, alarm, f"after {MAX_SKIPPED} skipped steps the network is no better")
-        self._log(trainer, alarm, "skip")
-        drop_gradients(module)
+            self._stop(run, alarm, detector, f"no recovery after {MAX_SKIPPED} skipped steps")
+        self._log(run, alarm, "skip")
+        run.skip_step()
 
-    def _keep(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """Copy what this process holds, at the first step and whenever all has been well since the last time."""
-        if self.watch.state != "healthy" or self.watch.beyond:
+    def _keep(self, step: int, detector: CollapseDetector, run: RunControl) -> None:
+        """Take a copy at the first step, and whenever the run has been healthy for long enough since the last one."""
+        if detector.state != "healthy" or detector.beyond:
             self._healthy_since = step + 1
         due = step - max(self._healthy_since, self.snapshots[-1].step if self.snapshots else 0) >= self.snapshot_every
-        if self.snapshots and not due:
-            return
-        if not self.snapshots and self.watch.state != "healthy":
-            return
-        self.snapshots = [*self.snapshots[-1:], Snapshot(step, module, trainer.optimizers[0], self._averages(trainer))]
+        if due if self.snapshots else detector.state == "healthy":
+            self.snapshots = [*self.snapshots[-1:], run.snapshot(step)]
 
-    def _roll_back(self, trainer: Trainer, module: LightningModule, event: Event) -> None:
-        if self.rollbacks >= self.max_rollbacks or not self.snapshots:
-            known = (
-                f"after {self.rollbacks} rollbacks" if self.snapshots else "there is no healthy state to go back to,"
-            )
-            self._stop(trainer, event, f"{known} the network is collapsing again")
-        old_enough = [snapshot for snapshot in self.snapshots if snapshot.step <= event.step - self.margin]
+    def _roll_back(self, run: RunControl, alarm: Event, detector: CollapseDetector) -> None:
+        if not self.snapshots:
+            self._stop(run, alarm, detector, "no healthy state to roll back to")
+        if self.rollbacks >= self.max_rollbacks:
+            self._stop(run, alarm, detector, f"the network is collapsing again after {self.rollbacks} rollbacks,")
+        old_enough = [snapshot for snapshot in self.snapshots if snapshot.step <= alarm.step - self.margin]
         snapshot = old_enough[-1] if old_enough else self.snapshots[0]
         self.rollbacks += 1
         self.lr_scale *= self.lr_factor
-        self._log(trainer, event, "rollback", back_to=snapshot.step, lr_scale=self.lr_scale)
-        snapshot.restore(module, trainer.optimizers[0], self._averages(trainer))
-        drop_gradients(module)
+        self._log(run, alarm, "rollback", back_to=snapshot.step, lr_scale=self.lr_scale)
+        run.restore(snapshot)
+        run.skip_step()
+        run.scale_lr(self.lr_scale)
         self.snapshots = [snapshot]
-        self._scale_lr(module)
-        self._healthy_since = event.step + 1
-        self.watch.went_back()
-        if trainer.is_global_zero:
-            say(
-                f"guard            back to the state of step {snapshot.step}, learning rate × {self.lr_scale:g}"
-                f" (rollback {self.rollbacks} of {self.max_rollbacks})"
-            )
+        self._healthy_since = alarm.step + 1
+        detector.went_back()
 
-    def _stop(self, trainer: Trainer, event: Event, what: str) -> None:
-        self._log(trainer, event, "stop")
-        path = self.folder / f"collapse_step_{event.step}.json"
-        if trainer.is_global_zero:
-            report = {
-                "step": event.step,
-                "kind": event.kind,
-                "why": event.why,
-                "rows": [{k: v if math.isfinite(v) else str(v) for k, v in row.items()} for row in self._rows],
-                "thresholds": asdict(self.thresholds),
-                "decisions": self.decisions,
-                "rollbacks": self.rollbacks,
-                "lr_scale": self.lr_scale,
-            }
-            path.write_text(json.dumps(report, indent=2))
-        raise AgreedError(f"{what} at step {event.step} ({event.why}); no step was taken, see {path}")
-
-    @staticmethod
-    def _averages(trainer: Trainer) -> dict[str, Tensor]:
-        return next((c.shadow for c in trainer.callbacks if isinstance(c, EMA)), {})
-
-    # ----------------------------------------------------------------- checkpoints
+    def _stop(self, run: RunControl, alarm: Event, detector: CollapseDetector, what: str) -> NoReturn:
+        self._log(run, alarm, "stop")
+        content = {
+            "step": alarm.step,
+            "kind": alarm.kind,
+            "why": alarm.why,
+            "rows": [{k: v if math.isfinite(v) else str(v) for k, v in row.items()} for row in self._rows],
+            "thresholds": asdict(detector.thresholds),
+            "decisions": self.decisions,
+            "rollbacks": self.rollbacks,
+            "lr_scale": self.lr_scale,
+        }
+        path = run.report(alarm.step, content)
+        raise AgreedError(f"{what} at step {alarm.step} ({alarm.why}); the step was not taken; see {path}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "watch": self.watch.state_dict(),
-            "lr_scale": self.lr_scale,
-            "rollbacks": self.rollbacks,
-            "skipped": self.skipped,
-            "decisions": self.decisions[-ROWS_IN_REPORT:],
-        }
+        return {name: getattr(self, name) for name in SAVED} | {"decisions": self.decisions[-ROWS_IN_REPORT:]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.watch.load_state_dict(state["watch"])
-        self.lr_scale, self.rollbacks, self.skipped = state["lr_scale"], state["rollbacks"], state["skipped"]
+        for name in SAVED:
+            setattr(self, name, state[name])
         self.decisions = list(state["decisions"])

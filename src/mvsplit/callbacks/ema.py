@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights: what validation, sampling and the user's pictures see."""
+"""Exponential moving average of the weights, used for validation and samples."""
 
 from typing import Annotated, Any
 
@@ -7,39 +7,40 @@ from annotated_types import Ge, Lt
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from mvsplit.training.folder import Tensors
-from mvsplit.training.shards import fill, master_weights, on_disk, slices_of, whole_storages, working_weights
+from mvsplit.training.checkpoint_format import Tensors
+from mvsplit.training.gradients import coalesce_by_storage
+from mvsplit.training.local_state import fill, master_weights, on_disk, slices_of, working_weights
 from mvsplit.utils.errors import AgreedError
 
 
 class EMA(Callback):
     """Keeps w̄ ← d·w̄ + (1 − d)·w in float32, with d = min(decay, (1 + n)/(10 + n)) after n updates.
 
-    What is averaged are the weights that the optimiser updates: under ZeRO-3 the float32 masters, not their bfloat16
-    copies. Each process averages the shards it holds, without communication. While validation or testing runs, the
-    averaged weights are in the network; the trained ones come back afterwards, bit for bit.
+    It averages the weights that the optimiser updates: under ZeRO-3 the float32 masters, not their bfloat16 copies.
+    Each process averages its local shards, without communication. During validation and testing the network has the
+    averaged weights; the trained ones are restored afterwards, bit for bit.
 
     Args:
         decay: upper bound of d.
 
     Raises:
-        AgreedError: if the masters lie on NVMe.
+        AgreedError: if the masters are stored on NVMe.
     """
 
     def __init__(self, decay: Annotated[float, Ge(0), Lt(1)] = 0.999) -> None:
         self.decay = decay
         self.num_updates = 0
         self.shadow: dict[str, Tensor] = {}
-        self._masters: list[Tensor] = []  # what is averaged, and the averages: `shadow` views them
+        self._masters: list[Tensor] = []  # inputs and results; `shadow` has views of the results
         self._averages: list[Tensor] = []
-        self._saved: Tensors | None = None  # the averages of a checkpoint, until the network is there
+        self._saved: Tensors | None = None  # averages of a checkpoint, until there is a network
         self._trained: dict[str, Tensor] | None = None
 
     def _begin(self, module: LightningModule) -> list[Tensor]:
-        """Start from the checkpoint's averages, or from the weights as they are. Returns the masters."""
+        """Start from the checkpoint's averages, or from the current weights. Returns the masters."""
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         masters = {name: weight for name, weight in master_weights(module).items() if name in trained}
-        buffers = whole_storages(list(masters.values()))  # ZeRO-3: one averaging for all weights, not one for each
+        buffers = coalesce_by_storage(list(masters.values()))  # ZeRO-3: one averaging for all weights, not one for each
         self._averages = [buffer.to(torch.float32, copy=True) for buffer in buffers]
         places = {buffer.data_ptr(): average for buffer, average in zip(buffers, self._averages, strict=True)}
         for name, weight in masters.items():
@@ -55,7 +56,7 @@ class EMA(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if on_disk(module):
-            raise AgreedError("callbacks.ema: weights on NVMe cannot be averaged; allowed is callbacks.ema=null")
+            raise AgreedError("callbacks.ema: weights on NVMe cannot be averaged; use callbacks.ema=null")
         self._masters = self._begin(module)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:

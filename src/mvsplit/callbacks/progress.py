@@ -1,4 +1,4 @@
-"""The progress of a run in optimiser steps, with the time left."""
+"""Progress of a run in optimiser steps, with the time left."""
 
 import time
 from typing import Any
@@ -8,14 +8,14 @@ from lightning.pytorch.callbacks import ProgressBar
 from pydantic import PositiveFloat
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mvsplit.utils.console import console, say
+from mvsplit.utils.console import console, info
 
 
 class StepProgress(ProgressBar):
-    """A rich progress bar over the run's steps; where the output is no terminal, a line every so often.
+    """A rich progress bar over the run's steps; if the output is not a terminal, a line at intervals.
 
     Args:
-        line_every_s: seconds between two lines where no bar can be drawn.
+        line_every_s: seconds between two lines if the output is not a terminal.
     """
 
     def __init__(self, line_every_s: PositiveFloat = 15.0) -> None:
@@ -54,14 +54,16 @@ class StepProgress(ProgressBar):
             return
         now, done = time.monotonic(), trainer.global_step - self._first_step
         if done == 1:
-            self._began = now  # the first step, which may compile, says nothing about the others
+            self._began = now  # the first step may compile: it is not typical
         if self._bar:
             self._bar.update(self._task, completed=trainer.global_step, metrics=self._metrics(trainer, module))
-        elif done > 3 and now - self._last_line > self.line_every_s:  # the first line soon: how long it will take
+        elif (
+            done > 3 and now - self._last_line > self.line_every_s
+        ):  # the first line early: it estimates the total time
             self._last_line = now
             left = (now - self._began) / (done - 1) * (trainer.max_steps - trainer.global_step)
             metrics = self._metrics(trainer, module)
-            say(f"step {trainer.global_step}/{trainer.max_steps}  {metrics}  about {left:.0f} s left")
+            info(f"step {trainer.global_step}/{trainer.max_steps}  {metrics}  about {left:.0f} s left")
 
     def _metrics(self, trainer: Trainer, module: LightningModule) -> str:
         metrics = self.get_metrics(trainer, module)

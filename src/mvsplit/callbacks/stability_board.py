@@ -1,18 +1,17 @@
-"""The mean mode in TensorBoard: curves by depth, maps over step and depth, profiles, a page that opens on it."""
+"""The mean mode in the log: curves by depth, maps over step and depth, profiles, and a TensorBoard page for them."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from pydantic import PositiveInt
 
-from mvsplit.callbacks.stability import StabilityProbe
-from mvsplit.stability.figures import heatmap_image, profile_image
-from mvsplit.stability.outcomes import mean
-from mvsplit.stability.pictures import DEPTH, grid
-from mvsplit.stability.traces import read_table
-from mvsplit.utils.errors import UserError
+from mvsplit.callbacks.stability_probe import StepRow
+from mvsplit.stability.by_depth import DEPTH, grid, mean
+from mvsplit.stability.plotting import heatmap_image, profile_image
+from mvsplit.stability.tables import read_table
+from mvsplit.utils.loggers import log_picture, takes_pictures
 
 LAYOUT = {
     "stability": {
@@ -28,58 +27,41 @@ LAYOUT = {
 """TensorBoard's page Custom Scalars."""
 
 
-class StabilityBoard(Callback):
-    """Draws what `StabilityProbe` has measured by depth.
+class StabilityBoard:
+    """Logs full measurements: after each one a curve per part of the depth (`stability/rho_depth_0.00-0.25`, …).
 
-    After each full measurement a curve for each part of the depth (`stability/rho_depth_0.00-0.25`, …), not for each
-    block. Now and then, and at the end, maps and profiles of ρ, token cosine, G_mean/G_ctr and Q gradients as pictures.
+    Less often, and at the end, images: maps and profiles of ρ, token cosine, G_mean/G_ctr and Q gradients.
 
     Args:
-        images_every: full measurements between two drawings, which take about a second.
-        depth_bins: equal parts of the depth that get a curve each.
+        images_every: full measurements between two sets of images, which take about a second to draw.
+        depth_bins: equal parts of the depth, with one curve each.
     """
 
     def __init__(self, images_every: PositiveInt = 10, depth_bins: PositiveInt = 4) -> None:
         self.images_every, self.depth_bins = images_every, depth_bins
-        self._measured = 0
+        self._laid_out = False
 
-    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        probes = [c for c in trainer.callbacks if isinstance(c, StabilityProbe)]
-        if not probes:
-            raise UserError("callbacks.stability_board: draws what callbacks.stability measures, which is switched off")
-        self._probe = probes[0]
+    def show(self, row: StepRow, every: int, max_steps: int, table: Path, loggers: Sequence[Logger]) -> None:
+        """Log a full measurement, one of each `every` steps. Images come from the table `depth.csv`."""
+        scalars = {f"stability/{name}": value for name, value in self._by_part(row.by_depth).items()}
+        for logger in loggers:
+            logger.log_metrics(scalars, row.step)
+            if not self._laid_out and isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(LAYOUT)
+        self._laid_out = True
+        if self._draws(row.step, every, max_steps):
+            self._draw(row.step, table, loggers)
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        for board in self._boards(trainer):
-            board.add_custom_scalars(LAYOUT)
-
-    @staticmethod
-    def _boards(trainer: Trainer) -> list[Any]:
-        experiments = [logger.experiment for logger in trainer.loggers] if trainer.is_global_zero else []
-        return [experiment for experiment in experiments if hasattr(experiment, "add_custom_scalars")]
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if not self._probe.by_depth or not trainer.is_global_zero:
-            return
-        table = self._probe.by_depth
-        scalars = {f"stability/{name}": value for name, value in self._by_part(table).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, trainer.global_step - 1)
-        self._probe.by_depth = {}
-        self._measured += 1
-        if self._measured % self.images_every == 0:
-            self._draw(trainer)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._measured % self.images_every:
-            self._draw(trainer)
+    def _draws(self, step: int, every: int, max_steps: int) -> bool:
+        """Whether images follow this full measurement; they always follow the last step's."""
+        number, rest = divmod(step, every)  # from the step: the same after a resume
+        return (rest == 0 and (number + 1) % self.images_every == 0) or step == max_steps - 1
 
     def _by_part(self, table: dict[int, dict[str, float]]) -> dict[str, float]:
         """Means over the measured blocks of each part of the depth; geometric for what spans powers of ten."""
         blocks = np.array(list(table))
-        columns = {
-            name: np.array([row.get(name, np.nan) for row in table.values()]) for name in next(iter(table.values()))
-        }
+        names = {name for row in table.values() for name in row}
+        columns = {name: np.array([row.get(name, np.nan) for row in table.values()]) for name in names}
         part = blocks * self.depth_bins // (blocks.max() + 1)
         means = {}
         for quantity in DEPTH:
@@ -89,15 +71,16 @@ class StabilityBoard(Callback):
                 means[name] = mean(values[part == i], geometric=quantity.log)
         return {name: value for name, value in means.items() if not np.isnan(value)}
 
-    def _draw(self, trainer: Trainer) -> None:
-        path: Path = self._probe.folder / "depth.csv"
-        boards = self._boards(trainer)
-        if not boards:
+    def _draw(self, step: int, path: Path, loggers: Sequence[Logger]) -> None:
+        loggers = [logger for logger in loggers if takes_pictures(logger)]
+        if not loggers:
             return
-        table = read_table(path)  # from the file: it knows of the time before a resume, too
+        table = read_table(path)
         for quantity in DEPTH:
             steps, blocks, values = grid(table, quantity.of(table))
+            if not np.isfinite(values).any():
+                continue  # the network does not support it
             for kind, draw in (("map", heatmap_image), ("profile", profile_image)):
                 image = draw(values, steps, blocks, quantity.title, quantity.log)
-                for board in boards:
-                    board.add_image(f"stability/{quantity.name}_{kind}", image, trainer.global_step - 1)
+                for logger in loggers:
+                    log_picture(logger, f"stability/{quantity.name}_{kind}", image, step)

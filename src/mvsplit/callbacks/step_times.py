@@ -1,4 +1,4 @@
-"""How long construction and each single step took, written down: the figures of `src/bench.py depth`."""
+"""Records how long building and each step took: the figures of `src/bench.py depth`."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""How fast the run goes, how long it waits for data, how much memory it holds."""
+"""Speed of a run, its time spent waiting for data, its memory."""
 
 import resource
 import sys
@@ -10,10 +10,10 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class Throughput(Callback):
-    """Logs, every `trainer.log_every_n_steps` steps, means since the last time; validation and saving are left out.
+    """Logs means since its last log, every `trainer.log_every_n_steps` steps. Validation and saving do not count.
 
-    `time/images_per_s` over all devices, `time/steps_per_s`, `time/data_wait_share` (of the time from one batch to
-    the next), `memory/host_peak_gib` and, on a GPU, `memory/device_peak_gib`.
+    `time/images_per_s` over all devices, `time/steps_per_s`, `time/data_wait_share` (of the time between two batches),
+    `memory/host_peak_gib` and, on a GPU, `memory/device_peak_gib`.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Throughput(Callback):
     def _reset(self) -> None:
         self._wait = self._busy = 0.0
         self._batches = 0
-        self._ready: float | None = None  # when the loop began to wait for the batch
+        self._ready: float | None = None  # when the loop began to wait for a batch
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._reset()
@@ -40,8 +40,7 @@ class Throughput(Callback):
         self._ready = time.perf_counter()
         self._busy += self._ready - self._start
         self._batches += 1
-        micro_batches = trainer.log_every_n_steps * trainer.accumulate_grad_batches
-        if self._batches >= micro_batches:
+        if trainer.global_step % trainer.log_every_n_steps == 0 and not trainer.fit_loop._should_accumulate():
             images = self._batches * len(batch["image"]) * trainer.world_size
             elapsed = self._busy + self._wait
             metrics = {
@@ -63,6 +62,6 @@ class Throughput(Callback):
 
 
 def host_peak_gib() -> float:
-    """Most memory this process has held so far, in GiB."""
+    """Peak memory of this process so far, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux

@@ -1,1 +1,1 @@
-"""Measures of the mean mode, how a network is watched, and what is judged and drawn from it."""
+"""The mean mode: its measures, how they are taken, the detector of a collapse, tables and figures."""

@@ -12,16 +12,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mvsplit.training.shards import local
+from mvsplit.training.local_state import local
 
 Beta = Annotated[float, Ge(0), Lt(1)]
 
 
 class LocalAdamW(torch.optim.AdamW):
-    """AdamW on FSDP2's shards as plain tensors: element by element, a shard needs nothing of the others.
+    """AdamW on FSDP2's shards as plain tensors: the update is elementwise, so shards are independent.
 
-    DTensor works out the layout of a list of n tensors in n² steps: the first update of 100 blocks took 10 s, of 200
-    blocks 77 s.
+    DTensor needs n² steps for the layout of n tensors: the first update of 100 blocks took 10 s, of 200 blocks 77 s.
     """
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
@@ -37,9 +36,13 @@ class AdamW:
 
     Args:
         lr: peak learning rate. Paper's rule: 1e-3 / (0.2·√width).
-        betas, eps: of Adam. weight_decay: on 2-D weights only, never on gains, biases or token tables (paper).
-        warmup_steps: optimiser steps until the peak. schedule: what follows.
-        min_lr_ratio: where the cosine ends, as a share of lr. decay_steps: where it ends; null is the run's end.
+        betas: of Adam; null: 0.9 and 0.999.
+        eps: of Adam.
+        weight_decay: of 2-D weights only, not of gains, biases or token tables (paper).
+        warmup_steps: optimiser steps until the peak.
+        schedule: after the warm-up.
+        min_lr_ratio: last value of the cosine, as a share of lr.
+        decay_steps: step at which the cosine ends; null: the run's end.
     """
 
     lr: PositiveFloat = 1.5625e-4
@@ -69,7 +72,6 @@ class AdamW:
             {"params": [p for p in trainable if num_dims(p) != 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        # Not fused: Lightning does not clip the gradients of a fused optimiser under mixed precision.
         kind = LocalAdamW if any(isinstance(p, DTensor) for p in trainable) else torch.optim.AdamW
         optimizer = kind(groups, lr=self.lr, betas=self._betas(), eps=self.eps, foreach=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
@@ -78,7 +80,7 @@ class AdamW:
         return (self.betas[0], self.betas[1]) if self.betas else (0.9, 0.999)
 
     def reapply(self, optimizer: Optimizer, scheduler: LambdaLR, max_steps: int) -> None:
-        """After a checkpoint was loaded: this config's values instead of the saved ones, if somebody changed them."""
+        """Apply this config's values after a checkpoint is loaded: they may differ from the saved ones."""
         scheduler.base_lrs = [self.lr] * len(optimizer.param_groups)
         for group in optimizer.param_groups:
             group["initial_lr"] = self.lr
@@ -88,6 +90,6 @@ class AdamW:
 
 
 def num_dims(parameter: torch.nn.Parameter) -> int:
-    """Dimensions of the whole parameter: under ZeRO-3 the tensor at hand is an empty stand-in."""
+    """Dimensions of the whole parameter: under ZeRO-3 the tensor is an empty placeholder."""
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return len(shape)

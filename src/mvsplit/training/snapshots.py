@@ -1,4 +1,4 @@
-"""A copy in host memory of what this process holds of weights, optimiser and averages, to go back to."""
+"""A copy in host memory of this process's weights, optimiser state and averages, to roll back to."""
 
 import copy
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mvsplit.training.folder import HeldTensors
-from mvsplit.training.shards import (
+from mvsplit.training.checkpoint_format import LocalTensors
+from mvsplit.training.local_state import (
     clear_optimizer,
     fill,
-    held_optimizer,
-    held_weights,
     load_optimizer,
     load_weights,
+    local_optimizer,
+    local_weights,
     slices_of,
 )
 
@@ -23,22 +23,25 @@ class Snapshot:
     """The state before a step. Each process copies and restores its own part; nothing is communicated.
 
     Args:
-        step: optimiser steps done. averages: of the weights, as `EMA.shadow` holds them; empty without an EMA.
+        step: optimiser steps done.
+        module: whose weights are copied.
+        optimizer: whose state is copied.
+        averages: of the weights, as in `EMA.shadow`; empty without an EMA.
     """
 
     def __init__(
         self, step: int, module: LightningModule, optimizer: Optimizer, averages: Mapping[str, Tensor]
     ) -> None:
         self.step = step
-        self._weights = HeldTensors(held_weights(module))
-        settings, slices = held_optimizer(module, optimizer)
-        self._settings, self._optimizer = copy.deepcopy(settings), HeldTensors(slices)
-        self._averages = HeldTensors(slices_of(module, dict(averages)))
+        self._weights = LocalTensors(local_weights(module))
+        settings, slices = local_optimizer(module, optimizer)
+        self._settings, self._optimizer = copy.deepcopy(settings), LocalTensors(slices)
+        self._averages = LocalTensors(slices_of(module, dict(averages)))
 
     def restore(self, module: LightningModule, optimizer: Optimizer, averages: Mapping[str, Tensor]) -> None:
-        """Put it back, to the bit; the optimiser's settings, learning rate included, too."""
+        """Restore all of it bit for bit, including the optimiser's settings such as its learning rate."""
         load_weights(module, self._weights)
-        if not len(self._optimizer):  # from before the first step
+        if not len(self._optimizer):  # taken before the first step
             clear_optimizer(module, optimizer)
         load_optimizer(module, optimizer, self._settings, self._optimizer)
         fill(module, self._averages, dict(averages))

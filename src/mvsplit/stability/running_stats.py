@@ -1,4 +1,4 @@
-"""Running medians, and what else the guard remembers of a run. Plain containers go in and out: see `state_dict`."""
+"""The detector's memory of a run: running medians, and more. `state_dict` holds plain containers only."""
 
 import math
 from bisect import bisect_left, insort
@@ -11,12 +11,12 @@ from typing import Any
 from mvsplit.stability.thresholds import Thresholds
 
 NAMES = ("loss", "grad_norm", "g_mean", "g_ctr", "q_grad", "rho", "token_cosine")
-"""The statistics that are read; each may be missing, in a row or altogether."""
-EVIDENCE = ("shape", "ratio", "q", "loss", "doubt")
-"""What a dead network shows: see `Signs.death`."""
+"""The statistics that are read; each may be missing, from a row or from all."""
+DEATH_SIGNS = ("shape", "ratio", "q", "loss", "doubt")
+"""Signs of a dead network: see `Evidence.death`."""
 
 
-class Running:
+class RunningMedian:
     """Medians of the last `size` values, and of the last few."""
 
     def __init__(self, size: int) -> None:
@@ -34,7 +34,7 @@ class Running:
             self._drop(self.values.popleft()[1])
 
     def forget_from(self, step: int) -> None:
-        """Drop values of this step and later ones: the run has gone back."""
+        """Drop values of this step and later ones: the run has returned to an earlier step."""
         while self.values and self.values[-1][0] >= step:
             self._drop(self.values.pop()[1])
 
@@ -49,7 +49,7 @@ class Running:
         return median(value for _, value in list(self.values)[-count:])
 
     def spread_of_last(self, count: int) -> float:
-        """Robust standard deviation of the last few around their trend: from the differences of neighbours."""
+        """Robust standard deviation of the last values around their trend, from the differences of neighbours."""
         values = [value for _, value in list(self.values)[-count:]]
         return 1.4826 * median([abs(b - a) for a, b in pairwise(values)] or [0.0]) / math.sqrt(2)
 
@@ -63,7 +63,7 @@ class Running:
 
 
 class Streak:
-    """Whether one kind of evidence has been there for long enough, by the rows in which it could be seen."""
+    """Whether a sign has been present for long enough, by the rows in which it could be seen."""
 
     def __init__(self, steps: int, rows: int) -> None:
         self.steps, self.rows = steps, rows
@@ -74,13 +74,13 @@ class Streak:
 
     @property
     def needed(self) -> int:
-        """Rows: `steps` of them one step apart, fewer where they are further apart, never less than `rows`."""
+        """Rows: `steps` of them one step apart, fewer where they are further apart, but at least `rows`."""
         steps = [step for step, _ in self.seen]
         gaps = [b - a for a, b in pairwise(steps) if b > a]
         return max(self.rows, math.ceil(self.steps / (median(gaps) if gaps else 1)))
 
     def sustained(self) -> bool:
-        """All of the last rows, but for one in eight."""
+        """Whether all of the last rows show it, except one in eight."""
         if not self.seen or not self.seen[-1][1]:
             return False
         needed = self.needed
@@ -92,33 +92,37 @@ class Streak:
         self.seen.extend((step, hit) for step, hit in pairs)
 
 
-class History:
-    """What is remembered of a run: medians of the healthy network, the first losses, and what went on lately.
+class RunningStats:
+    """Medians of the healthy network, the first losses, and the last rows of a run.
 
     Attributes:
-        normal: running medians by statistic, and of `ratio`, G_mean / G_ctr. first: the first few (step, loss).
-        lowest: short median of the loss. losses, queries: the last losses and Q gradients, whatever the state.
-        streaks: evidence of a dead network.
-        before: the last row. calm_from: the step at which the grace after a jump ends.
+        normal: running medians by statistic, and of `ratio`, G_mean / G_ctr.
+        first: the first few (step, loss).
+        lowest: the lowest short median of the loss.
+        losses: the last losses, whatever the state.
+        queries: the last Q gradients, whatever the state.
+        streaks: by sign of a dead network.
+        before: the last row.
+        calm_from: the step at which the grace after a jump ends.
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
         t = self.thresholds = thresholds
-        self.normal = {name: Running(t.window) for name in (*NAMES, "ratio")}
+        self.normal = {name: RunningMedian(t.window) for name in (*NAMES, "ratio")}
         self.first: list[tuple[int, float]] = []
         self.lowest = math.inf
         self.losses: deque[float] = deque(maxlen=3 * t.patience * t.doubt)
-        self.streaks = {name: Streak(t.patience, t.patience_rows) for name in EVIDENCE[:-1]}
+        self.streaks = {name: Streak(t.patience, t.patience_rows) for name in DEATH_SIGNS[:-1]}
         self.streaks["doubt"] = Streak(t.patience * t.doubt, t.patience_rows * 2)
         self.queries: deque[float] = deque(maxlen=t.patience)
         self.steps: deque[int] = deque(maxlen=21)
         self.calm_from = -1
-        self._gap: float | None = None  # worked out once a row
+        self._gap: float | None = None  # computed once per row
         self.before: dict[str, float] = {}
-        self._stood_still = (0, False)  # step, and whether measures of the collapse itself had not moved then
+        self._stood_still = (0, False)  # step, and whether no measure of the collapse had moved then
 
     def begin(self, step: int, row: dict[str, float]) -> None:
-        """A row comes."""
+        """Record a row, whatever the state."""
         self._jump(step)
         self.steps.append(step)
         self._gap = None
@@ -153,7 +157,7 @@ class History:
             self.steps.clear()
 
     def learn(self, step: int, row: dict[str, float]) -> None:
-        """Take a healthy row into the medians."""
+        """Add a healthy row to the medians."""
         for name, value in row.items():
             if value > 0 or name == "token_cosine":
                 self.normal[name].add(step, value)
@@ -165,15 +169,15 @@ class History:
             running.forget_from(step)
 
     def died(self, step: int) -> None:
-        """Forget what was learned while it was dying, or all if it was dead from the start."""
+        """Forget the rows added while the network was dying, or all of them if it was dead from the start."""
         sustained = [streak.seen[-streak.needed][0] for streak in self.streaks.values() if streak.sustained()]
         self.forget_from(min(sustained, default=step))
         for name, running in self.normal.items():
             if len(running) < self.min_rows():
-                self.normal[name] = Running(running.size)
+                self.normal[name] = RunningMedian(running.size)
 
     def contradicted(self, step: int, still: bool | None) -> bool:
-        """Whether measures of the collapse itself, in this row or one shortly before, have not moved."""
+        """Whether no measure of the collapse itself has moved, in this row or one shortly before."""
         if still is not None:
             self._stood_still = (step, still)
         since, verdict = self._stood_still
@@ -193,7 +197,7 @@ class History:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, running in self.normal.items():
-            self.normal[name] = Running(running.size)
+            self.normal[name] = RunningMedian(running.size)
             for step, value in state["normal"][name]:
                 self.normal[name].add(step, value)
         for name, streak in self.streaks.items():

@@ -1,0 +1,192 @@
+"""A trained network, rebuilt from a checkpoint or a converted file without trusting either."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from mvsplit.data.latent_space import LatentSpace
+from mvsplit.flow.objective import Flow
+from mvsplit.training.checkpoint_format import Saved
+from mvsplit.training.checkpoints import NETWORK, RAW, check_fits, choose, latents_of, read_config
+from mvsplit.training.saved_config import check_generates, check_saved_config, parse_config, portable
+from mvsplit.utils.config import build
+from mvsplit.utils.errors import UserError
+from mvsplit.utils.limits import parse_json
+
+
+@contextmanager
+def parameters_on_meta(limit: float = math.inf) -> Iterator[None]:
+    """Modules built in this context have parameters of the right shape and type, but without memory or values.
+
+    Buffers are real, because those that are not saved could not be restored. Only one parameter has memory at a time,
+    until it is registered; initialising it afterwards, as PyTorch's layers do, costs nothing.
+
+    Args:
+        limit: number of parameters that may be registered.
+
+    Raises:
+        UserError: if there are more.
+    """
+    registered = 0
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        nonlocal registered
+        registered += 1
+        if registered > limit:
+            raise UserError(f"model: the network of this config has over {limit} weights, more than were saved")
+        if parameter.is_meta:
+            return parameter  # a second name of the same one
+        return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass
+class Source:
+    """Saved weights, of which only names and shapes have been read.
+
+    Args:
+        step: optimiser steps done.
+        config: of the run, unchecked.
+        latents: what the network's latents are, unchecked; None if it is trained on images, or by an earlier version.
+        shapes: by the network's names.
+        verify: compares checksums, if there are any.
+        read: (name, type) → the tensor, copied and converted.
+    """
+
+    step: int
+    config: dict[str, Any]
+    latents: Any
+    shapes: Mapping[str, Sequence[int]]
+    verify: Callable[[], object]
+    read: Callable[[str, torch.dtype], Tensor]
+
+
+class SavedRun:
+    """A trained network, built from its saved config; nothing else in that config is used.
+
+    Host memory holds the weights in use once. A config that describes another network than the saved one, even one of a
+    million blocks, is refused before any work of its size begins.
+
+    Args:
+        path: a checkpoint inside a run folder, whose `config.yaml` is read; or a file written by `src/convert.py`.
+        weights: `ema` for the averaged weights, `raw` for the trained ones.
+
+    Attributes:
+        path: where it was read from, links resolved.
+        config: the part of the run's config that describes the weights, checked, as a plain dict.
+        run_config: all of it, unchecked.
+        network: on the CPU, in eval mode.
+        flow: the objective it was trained for.
+        latents: how its samples become images; None if they are images.
+        step: optimiser steps done.
+
+    Raises:
+        UserError: if something is missing, damaged or does not fit.
+    """
+
+    def __init__(self, path: Path, weights: Literal["ema", "raw"]) -> None:
+        source = _open_file(path, weights) if path.is_file() else _open_folder(path, weights)
+        self.path, self.step, self.run_config = path.resolve(), source.step, source.config
+        self.config = portable(source.config)
+        check_generates(self.config, path)
+        check_saved_config(self.config)
+        self.flow: Flow = build(self.config["flow"])
+        channels = self.config["data"]["channels"]
+        self.latents = LatentSpace.parse(source.latents, channels) if source.latents is not None else None
+        network = _network_of(self.config["model"], source.shapes)
+        source.verify()
+        first, expected = saved_names(network), network.state_dict()
+        state = {name: source.read(name, expected[name].dtype) for name in first.values()}
+        network.load_state_dict({name: state[first[name]] for name in first}, assign=True)  # no copies
+        for name, value in (*network.named_parameters(), *network.named_buffers()):
+            if value.is_meta:
+                raise ValueError(
+                    f"model: buffer '{name}' is not saved, but computed from parameters, which have no values yet when"
+                    " a checkpoint is read; register it with persistent=True"
+                )
+        self.network: Any = network.eval()
+
+
+def _network_of(node: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    """The network that a config describes, without its weights, if its weights have these shapes."""
+    saved = sum(map(math.prod, shapes.values()))
+
+    def built() -> nn.Module:
+        with parameters_on_meta(2 * len(shapes) + 100):  # some networks register a parameter and remove it
+            network: nn.Module = build(node)()
+        expected = network.state_dict()
+        check_fits(shapes, {name: expected[name].shape for name in saved_names(network).values()})
+        unsaved = sum(value.numel() for name, value in network.named_buffers() if name not in expected)
+        if unsaved > saved + (1 << 24):
+            raise UserError(f"model: {unsaved} values are not saved, too many for {saved} saved weights")
+        return network
+
+    try:
+        try:
+            with torch.device("meta"):  # first without any memory, buffers included
+                built()
+        except RuntimeError:
+            pass  # a network may need values in its constructor
+        return built()
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # impossible sizes
+        raise UserError(f"model: cannot be built from this config ({str(error).splitlines()[0]})") from error
+
+
+def saved_names(network: nn.Module) -> dict[str, str]:
+    """Name of each weight and buffer → the name it is saved under: a shared weight is saved under its first name."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in network.state_dict(keep_vars=True).items()}
+
+
+def _open_folder(path: Path, weights: str) -> Source:
+    saved = Saved(path)
+    chosen = choose(saved, weights)
+    return Source(
+        saved.step,
+        read_config(saved),
+        latents_of(saved),
+        {name: tensors.shapes[NETWORK + name] for name, (_, tensors) in chosen.items()},
+        verify=lambda: saved.verify(*{kind for kind, _ in chosen.values()}),
+        read=lambda name, dtype: chosen[name][1].whole(NETWORK + name).to(dtype),
+    )
+
+
+def _open_file(path: Path, weights: str) -> Source:
+    try:
+        file = safe_open(str(path), "pt")
+        about = file.metadata() or {}
+        if not about.keys() >= {"mvsplit", "step", "config"}:
+            raise UserError(f"ckpt_path = {path}: not written by this project's src/convert.py")
+        names = [name for name in file.keys() if name.startswith(RAW) == (weights == "raw")]  # noqa: SIM118
+        shapes = {name.removeprefix(RAW): file.get_slice(name).get_shape() for name in names}
+        step = int(about["step"])
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"ckpt_path = {path}: damaged, or not a checkpoint of this project ({error})") from None
+    if not shapes:
+        other = "raw" if weights == "ema" else "ema"
+        raise UserError(f"weights = {weights}: {path} does not contain them; use {other}")
+    prefix = RAW if weights == "raw" else ""
+    return Source(
+        step,
+        parse_config(about["config"], str(path)),
+        parse_json(about["latents"], str(path)) if "latents" in about else None,
+        shapes,
+        verify=lambda: None,
+        # The library returns a view of the file, which may change.
+        read=lambda name, dtype: file.get_tensor(prefix + name).to(dtype, copy=True),
+    )
