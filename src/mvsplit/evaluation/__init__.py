@@ -1,1 +1,1 @@
-"""Judging trained networks."""
+"""Evaluation of trained networks."""
