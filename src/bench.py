@@ -1,11 +1,16 @@
-"""Measure: `python src/bench.py data|depth|gpu|memory|precision|stability [key=value …]`; `configs/bench_*.yaml`."""
+"""Benchmarks: `python src/bench.py data|depth|gpu|memory|precision|sampling|save|stability [key=value …]`.
+
+Keys are explained in `configs/bench_*.yaml`; `python src/bench.py data --help` shows those of `data`.
+"""
 
 import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
 # isort: split
 
+import importlib
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,121 +19,117 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import train
-from mvsplit.benchmarks import data, depth, memory, precision, stability
-from mvsplit.benchmarks.gpu import frame as gpu
-from mvsplit.training import run
+from mvsplit.data.folders import RESOLVERS
+from mvsplit.training import settings
 from mvsplit.utils import entry
-from mvsplit.utils.config import check_config, to_plain
+from mvsplit.utils.config import to_checked
 from mvsplit.utils.errors import UserError
 
 
 def train_here(overrides: list[str], folder: Path) -> dict[str, float]:
-    """The final metrics of a small real training run with this output folder."""
+    """Run a small training with this output folder and return its final metrics."""
     cfg = compose("train.yaml", overrides)
     cfg.paths.output_dir = str(folder)
     return train.train(cfg)[0]
 
 
-def bench_data(cfg: DictConfig) -> dict[str, Any]:
-    """Measure reading; the figures are shown, kept as `bench_data.json` in the run folder, and returned."""
-    config = to_plain(cfg)
-    check_config(config, data.Config)
-    return data.measure(config, Path(config["paths"]["output_dir"]), train_here)
+def check(name: str, cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
+    """A benchmark's module, imported once the command line is read, and its config as plain dicts.
+
+    Raises:
+        UserError: for a wrong value, or values that do not fit together.
+    """
+    module = importlib.import_module(f"mvsplit.benchmarks.{BENCHMARKS[name]}")
+    config = to_checked(cfg, module.Config)
+    if name == "memory":
+        settings.check_together(config)
+        module.check_sizes(config)
+        check_experiment(HydraConfig.get())
+    elif name == "precision":
+        module.Config.check(config["width"], config["num_heads"], config["device"])
+    elif name == "sampling":
+        module.check_values(config)
+    elif name in ("save", "stability"):
+        benchmark_run(cfg, config)
+    return module, config
 
 
-def bench_depth(cfg: DictConfig) -> dict[str, Any]:
-    """Measure what depth costs; the figures are shown, kept as `bench_depth.json` in the run folder, and returned."""
-    config = to_plain(cfg)
-    check_config(config, depth.Config)
-    return depth.measure(config, Path(config["paths"]["output_dir"]))
-
-
-def bench_gpu(cfg: DictConfig) -> None:
-    """Try everything on this machine's GPU, as far as it is not done; exits with 1 if something failed."""
-    config = to_plain(cfg)
-    check_config(config, gpu.Config)
-    if not gpu.measure(config, Path(config["paths"]["output_dir"])):
-        sys.exit(1)
-
-
-def bench_memory(cfg: DictConfig) -> dict[str, Any]:
-    """Plan the memory of a training run; the figures are shown, kept as `bench_memory.json`, and returned."""
-    config = to_plain(cfg)
-    check_config(config, memory.Config)
-    run.check_together(config)
-    own = {field.name for field in fields(memory.Config)} - {field.name for field in fields(run.TrainConfig)}
-    hydra = HydraConfig.get()
-    check_experiment(hydra)
-    overrides = train_overrides(hydra, own | {"logger"})
-    return memory.report(config, overrides, Path(config["paths"]["output_dir"]))
-
-
-def bench_precision(cfg: DictConfig) -> dict[str, Any]:
-    """Measure the errors of bf16; the figures are shown, kept as `bench_precision.json`, and returned."""
-    config = to_plain(cfg)
-    check_config(config, precision.Config)
-    precision.Config.check(config["width"], config["num_heads"], config["device"])
-    return precision.measure(config, Path(config["paths"]["output_dir"]))
-
-
-def bench_stability(cfg: DictConfig) -> dict[str, Any]:
-    """Measure what watching costs; the figures are shown, kept as `bench_stability.json`, and returned."""
-    config = to_plain(cfg)
-    check_config(config, stability.Config)
+def bench(name: str, cfg: DictConfig) -> Any:
+    """Measure, print the figures, save them as `bench_<name>.json` in the run folder, and return them."""
+    module, config = check(name, cfg)
     folder = Path(config["paths"]["output_dir"])
-    steps = [f"trainer.max_steps={config['steps']}", f"trainer.val_check_interval={config['steps']}"]
+    if name == "data":
+        return module.measure(config, folder, train_here)
+    if name == "memory":
+        own = {field.name for field in fields(module.Config)} - {field.name for field in fields(settings.TrainConfig)}
+        return module.report(config, train_overrides(HydraConfig.get(), own | {"logger"}), folder)
+    if name in ("save", "stability"):
+        return module.measure(config, benchmark_run(cfg, config), folder)
+    figures = module.measure(config, folder)
+    if name == "gpu" and not figures:
+        sys.exit(1)  # something failed
+    return figures
+
+
+def benchmark_run(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
+    """The checked config of the training run that a benchmark measures."""
+    count = config["steps"] if "steps" in config else (2 * config["saves"] + 1) * config["steps_between"]
+    steps = [f"trainer.max_steps={count}", f"trainer.val_check_interval={count}"]
     chosen = compose("train.yaml", [*config["overrides"], *steps, f"seed={config['seed']}"])
     chosen.paths = cfg.paths
-    training = to_plain(chosen)
-    check_config(training, run.TrainConfig)
-    run.check_together(training)
-    return stability.measure(config, training, folder)
+    return settings.checked(chosen)
 
 
 def check_experiment(hydra: Any) -> None:
-    """Raise `UserError` if groups of `bench_memory.yaml` would silently take the place of an experiment's."""
+    """Raise `UserError` if groups of `bench_memory.yaml` would silently replace an experiment's."""
     given = {override.partition("=")[0] for override in hydra.overrides.task}
     missing = [f"{group}=…" for group in ("data", "model", "trainer") if group not in given]
     if hydra.runtime.choices.get("experiment") and missing:
         raise UserError(
-            f"experiment = {hydra.runtime.choices['experiment']}: the benchmark's own defaults would replace the"
-            f" experiment's groups; give {' '.join(missing)} as well"
+            f"experiment = {hydra.runtime.choices['experiment']}: the benchmark's defaults would replace its groups;"
+            f" also pass {' '.join(missing)}"
         )
 
 
 def train_overrides(hydra: Any, own: set[str]) -> list[str]:
-    """What leads from `train.yaml` to the training config of this command, without the benchmark's own keys."""
+    """The overrides of `train.yaml` that compose this command's training config, without the benchmark's own keys."""
     groups = {group: hydra.runtime.choices[group] for group in ("data", "model", "trainer")}
     given = [o for o in hydra.overrides.task if o.lstrip("+~").partition("=")[0].partition(".")[0] not in own]
     return [f"{group}={choice}" for group, choice in groups.items() if f"{group}={choice}" not in given] + given
 
 
 BENCHMARKS = {
-    "data": bench_data,
-    "depth": bench_depth,
-    "gpu": bench_gpu,
-    "memory": bench_memory,
-    "precision": bench_precision,
-    "stability": bench_stability,
+    "data": "data",
+    "depth": "depth",
+    "gpu": "gpu.frame",
+    "memory": "memory",
+    "precision": "precision",
+    "sampling": "sampling_cost",
+    "save": "saving",
+    "stability": "monitor_cost",
 }
+"""Benchmark → its module in `mvsplit.benchmarks`."""
 
 
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
-    """The benchmark that a command names, and the rest of the command.
+    """The benchmark that a command names, and the remaining arguments.
 
     Raises:
-        UserError: if it names none, or none of ours.
+        UserError: if it names no benchmark, or an unknown one.
     """
     name = next((arg for arg in argv[1:] if "=" not in arg and not arg.startswith("-")), None)
     if name not in BENCHMARKS:
-        given = f"'{name}' is none" if name else "none is named"
-        raise UserError(f"benchmark: {given}; allowed are {', '.join(BENCHMARKS)}, as in `python src/bench.py data`")
+        given = f" = {name}: unknown" if name else ": missing"
+        raise UserError(f"benchmark{given}; allowed: {', '.join(BENCHMARKS)}, as in `python src/bench.py data`")
     rest = list(argv)
     rest.remove(name)
     return name, rest
 
 
 if __name__ == "__main__":
-    with entry.told():
+    with entry.report_user_errors():
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            sys.exit(print(__doc__))
         benchmark, sys.argv = split_command(sys.argv)
-    entry.run(BENCHMARKS[benchmark], f"bench_{benchmark}.yaml", planning=benchmark == "memory")
+    run, checked = partial(bench, benchmark), partial(check, benchmark)
+    entry.run(run, f"bench_{benchmark}.yaml", checked, RESOLVERS, planning=benchmark == "memory")

@@ -1,4 +1,4 @@
-"""Turn a checkpoint into one file of weights: `python src/convert.py [ckpt_path=…] [dtype=bfloat16]`."""
+"""Convert a checkpoint to one file of weights: `python src/convert.py [ckpt_path=…] [dtype=bfloat16]`."""
 
 import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
@@ -6,18 +6,17 @@ import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 from annotated_types import Len
 from omegaconf import DictConfig
 
-from mvsplit.training.checkpoints import convert
-from mvsplit.training.run import Paths
+from mvsplit.data.folders import RESOLVERS
+from mvsplit.training.settings import Paths
 from mvsplit.utils import entry
-from mvsplit.utils.config import check_config, to_plain
+from mvsplit.utils.config import to_checked
 from mvsplit.utils.console import show_table
-from mvsplit.utils.runs import find_checkpoint
+from mvsplit.utils.run_dirs import find_checkpoint
 
 
 @dataclass
@@ -32,10 +31,18 @@ class ConvertConfig:
     paths: Paths
 
 
+def checked(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain dicts."""
+    return to_checked(cfg, ConvertConfig)
+
+
 def main(cfg: DictConfig) -> Path:
-    """Write the safetensors file, which is returned; tensors pass one by one, whatever the size of the network."""
-    config = to_plain(cfg)
-    check_config(config, ConvertConfig)
+    """Write the safetensors file, tensor by tensor, and return its path."""
+    config = checked(cfg)
+    import torch  # after the config is checked, so that mistakes are reported quickly
+
+    from mvsplit.training.checkpoints import convert
+
     path = find_checkpoint(config["ckpt_path"], config["paths"]["log_dir"])
     output = Path(config["output"] or Path(config["paths"]["output_dir"]) / "model.safetensors")
     count = convert(path, output, config["weights"], getattr(torch, config["dtype"]))
@@ -46,4 +53,4 @@ def main(cfg: DictConfig) -> Path:
 
 
 if __name__ == "__main__":
-    entry.run(main, "convert.yaml")
+    entry.run(main, "convert.yaml", checked, RESOLVERS)

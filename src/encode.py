@@ -1,4 +1,4 @@
-"""Write a set anew, as pictures of one size or as latents: `python src/encode.py data=… output=… [kind=latents]`."""
+"""Re-encode a set, as images of one size or as latents: `python src/encode.py data=… output=… [kind=latents]`."""
 
 import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
@@ -8,7 +8,7 @@ import multiprocessing.forkserver
 import sys
 
 if __name__ == "__main__" and any(arg.startswith("num_processes=") for arg in sys.argv):
-    # The server that forks our processes imports what they need while we import the same.
+    # The server that forks the workers imports what they need while this process imports the same.
     multiprocessing.set_forkserver_preload(["mvsplit.data.encode", "mvsplit.utils.entry"])
     multiprocessing.forkserver.ensure_running()
 
@@ -20,12 +20,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from mvsplit.data.encode import Settings, encode_sets
-from mvsplit.training.run import Paths
+from mvsplit.data.encode_settings import Settings
+from mvsplit.data.folders import RESOLVERS
+from mvsplit.training.settings import Paths
 from mvsplit.utils import entry
-from mvsplit.utils.config import build, check_config, to_plain
+from mvsplit.utils.config import Seed, build, to_checked
 from mvsplit.utils.console import show_table
-from mvsplit.utils.rng import Seed
 
 
 @dataclass
@@ -39,10 +39,16 @@ class EncodeConfig(Settings):
     paths: Paths
 
 
+def checked(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain dicts."""
+    return to_checked(cfg, EncodeConfig)
+
+
 def encode(cfg: DictConfig) -> Path:
-    """Write the shards that are missing, then index and manifest, into the folder `output`, which is returned."""
-    config = to_plain(cfg)
-    check_config(config, EncodeConfig)
+    """Write the shards that are missing, then index and manifest, into the folder `output`, and return it."""
+    config = checked(cfg)
+    from mvsplit.data.encode import encode_sets  # here, once the config is checked: a mistake is reported at once
+
     settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
     manifests = encode_sets(build(config["data"]), config["autoencoder"], settings)
     rows = {"folder": settings.output}
@@ -57,4 +63,4 @@ def encode(cfg: DictConfig) -> Path:
 
 
 if __name__ == "__main__":
-    entry.run(encode, "encode.yaml")
+    entry.run(encode, "encode.yaml", checked, RESOLVERS)

@@ -1,4 +1,7 @@
-"""Draw pictures from a checkpoint: `python src/sample.py [ckpt_path=…] [classes=[3,7]] [count=8] [sampler=heun]`."""
+"""Generate samples from a checkpoint: `python src/sample.py [ckpt_path=…] [classes=[3,7]] [count=8] [sampler=heun]`.
+
+A whole set, on all devices of a trainer: `python src/sample.py num_samples=50000 [trainer=ddp_sim] [format=npz]`.
+"""
 
 import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
@@ -6,21 +9,20 @@ import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Len
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
-from mvsplit.evaluation.pictures import draw
-from mvsplit.training.checkpoints import SavedRun
-from mvsplit.training.run import Paths, TrainConfig
+from mvsplit.data.folders import RESOLVERS
+from mvsplit.training.settings import Paths
 from mvsplit.utils import entry
-from mvsplit.utils.config import build, check_config, to_plain
-from mvsplit.utils.console import show_table
-from mvsplit.utils.images import enlarge, picture_grid, save_png, to_uint8
-from mvsplit.utils.rng import Seed
-from mvsplit.utils.runs import find_checkpoint
+from mvsplit.utils.config import Seed, to_checked
+from mvsplit.utils.console import info, show_table
+
+if TYPE_CHECKING:  # imported below, after the config is checked, so that mistakes are reported quickly
+    from mvsplit.python import Run
 
 
 @dataclass
@@ -30,33 +32,76 @@ class SampleConfig:
     task_name: str
     ckpt_path: str
     weights: Literal["ema", "raw"]
+    precision: Literal["float32", "bfloat16"]
     seed: Seed
     classes: Annotated[list[NonNegativeInt], Len(1)] | None
     count: PositiveInt
+    num_samples: PositiveInt | None
+    labels: Literal["equal", "random"]
+    format: Literal["png", "npz", "shards"]
+    output: str | None
     batch_size: PositiveInt
     sampler: dict[str, Any]
+    autoencoder: dict[str, Any] | None
+    trainer: dict[str, Any]
     paths: Paths
 
 
+def checked(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain dicts."""
+    return to_checked(cfg, SampleConfig)
+
+
 def sample(cfg: DictConfig) -> Path:
-    """Write `grid.png` (a column per class) and every picture by itself into the run folder, which is returned."""
-    config = to_plain(cfg)
-    check_config(config, SampleConfig)
+    """Draw samples to look at, or a whole set; return the folder that they are written to."""
+    config = checked(cfg)
+    # Imported after the config is checked, so that mistakes are reported quickly.
+    from mvsplit.python import load_run
+
+    run = load_run(config["ckpt_path"], config["weights"], config["paths"]["log_dir"])
+    return show(run, config) if config["num_samples"] is None else write_set(run, config)
+
+
+def show(run: "Run", config: dict[str, Any]) -> Path:
+    """Write `grid.png` (a column per class) and a file per sample to the run folder."""
+    from mvsplit.evaluation.generation import check_classes, draw
+    from mvsplit.utils.images import enlarge, picture_grid, save_png, to_uint8
+
     output_dir = Path(config["paths"]["output_dir"])
-    path = find_checkpoint(config["ckpt_path"], config["paths"]["log_dir"])
-    saved = SavedRun(path, config["weights"], TrainConfig)
-    num_classes = saved.config["data"]["num_classes"]
+    num_classes = run.config["data"]["num_classes"]
     columns = min(10, num_classes)
     classes = config["classes"] or [i * num_classes // columns for i in range(columns)]
+    check_classes(run, classes)
     labels = classes * config["count"]
-    pictures = draw(saved, build(config["sampler"]), labels, config["seed"], config["batch_size"])
-    for number, (label, picture) in enumerate(zip(labels, enlarge(to_uint8(pictures)), strict=True)):
-        save_png(picture, output_dir / f"{number:05d}_class_{label}.png")
-    grid = save_png(picture_grid(pictures, len(classes)), output_dir / "grid.png")
-    rows = {"checkpoint": str(path.resolve()), "step": str(saved.step), "pictures": str(output_dir), "grid": str(grid)}
-    show_table(f"{len(labels)} pictures drawn", rows)
+    generator = run.generator(config, whole_set=False)
+    samples = draw(generator, labels, config["batch_size"])
+    if run.latents is not None and generator.decoder is None:
+        info("latents are shown as colours, not decoded; give autoencoder=… to decode them")
+    for number, (label, image) in enumerate(zip(labels, enlarge(to_uint8(samples)), strict=True)):
+        save_png(image, output_dir / f"{number:05d}_class_{label}.png")
+    grid = save_png(picture_grid(samples, len(classes)), output_dir / "grid.png")
+    rows = {
+        "checkpoint": str(run.path.resolve()),
+        "step": str(run.step),
+        "samples": str(output_dir),
+        "grid": str(grid),
+    }
+    show_table(f"{len(labels)} samples", rows)
     return output_dir
 
 
+def write_set(run: "Run", config: dict[str, Any]) -> Path:
+    """Draw `num_samples` samples that do not exist yet, on all devices, and write them as `format`."""
+    from mvsplit.callbacks.rank_watch import RankWatch
+    from mvsplit.evaluation.generation import complete_set
+
+    samples = complete_set(run.generator(config, whole_set=True), config, RankWatch())
+    if samples is not None:
+        place = samples.export(config["format"])
+        rows = {"checkpoint": str(run.path.resolve()), "step": str(run.step), "written to": str(place)}
+        show_table(f"{len(samples)} samples", rows | {"settings": str(samples.folder / "settings.json")})
+    return Path(config["paths"]["output_dir"])
+
+
 if __name__ == "__main__":
-    entry.run(sample, "sample.yaml")
+    entry.run(sample, "sample.yaml", checked, RESOLVERS)

@@ -4,108 +4,72 @@ import mvsplit  # noqa: F401 (before torch: it sets how idle threads wait)
 
 # isort: split
 
-import sys
-from pathlib import Path
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from omegaconf import DictConfig
 
-from mvsplit.training import run
-from mvsplit.training.strategies import FolderCheckpoints
-from mvsplit.utils import entry
-from mvsplit.utils.config import build, build_each, check_config, to_plain
+from mvsplit.data.folders import RESOLVERS
+from mvsplit.training import settings
+from mvsplit.utils import entry, sweeps
+from mvsplit.utils.config import build, build_each
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.loggers import TensorBoard
+
+# Modules that need PyTorch are imported below, after the config is checked: mistakes are reported at once.
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     """Build what the config says, train it, test it.
 
     Returns:
-        The final metrics, and the objects: `config` (plain dict), `datamodule`, `module`, `callbacks`, `loggers`,
-        `trainer`.
+        The final metrics, and the objects: see `assemble`.
 
     Raises:
-        UserError: for whatever the user can mend.
+        UserError: for anything that the user can fix.
     """
-    config = to_plain(cfg)
-    check_config(config, run.TrainConfig)
-    run.check_together(config)
-    run.check_machine(config)
-    run.say_machine(config)
-    run.apply_extras(config)
-    output_dir = Path(config["paths"]["output_dir"])
-    with run.locked(output_dir):
-        return _train(config, output_dir)
+    config = settings.checked(cfg)
+    from mvsplit.training import session
+
+    with session.opened(config) as ckpt_path:
+        objects = assemble(config)
+        return session.run(objects, ckpt_path), objects
 
 
-def _train(config: dict[str, Any], output_dir: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    ckpt_path = run.prepare_resume(config, output_dir)
-    datamodule = build(config["data"])
-    module = build(config["module"])
-    callbacks = build_each(config["callbacks"])
-    loggers = build_each(config["logger"])
-    settings = {
+def assemble(config: dict[str, Any]) -> dict[str, Any]:
+    """The objects of a run: `config` (plain dict), `datamodule`, `module`, `callbacks`, `loggers`, `trainer`."""
+    from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+
+    from mvsplit.training.checkpoint_io import FolderCheckpoints
+
+    objects = {"config": config, "datamodule": build(config["data"]), "module": build(config["module"])}
+    callbacks, loggers = build_each(config["callbacks"]), build_each(config["logger"])
+    built = {
         "callbacks": callbacks,
         "logger": loggers or False,
         "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),  # ours, or none
         "plugins": [FolderCheckpoints()],
         "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks),
     }
-    trainer: L.Trainer = build(config["trainer"] | settings)
-    objects = {
-        "config": config,
-        "datamodule": datamodule,
-        "module": module,
-        "callbacks": callbacks,
-        "loggers": loggers,
-        "trainer": trainer,
-    }
-    run.save_config(config, output_dir)
-    for logger in loggers:
-        if isinstance(logger, TensorBoard):
-            logger.log_config(run.to_yaml(config), trainer.global_step)
-
-    metrics: dict[str, float] = {}
-    with run.watched(callbacks):
-        if config["train"]:
-            trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
-            metrics |= run.plain_metrics(trainer)
-        if config["test"] and not run.stop_signal(callbacks):
-            if not config["train"] and ckpt_path is None:
-                raise UserError("test = true: without training, ckpt_path must name the checkpoint to test")
-            # The weights at hand are the last, or, without training, those of the checkpoint.
-            resumed = None if config["train"] else ckpt_path
-            trainer.test(module, datamodule=datamodule, ckpt_path=resumed, verbose=False, weights_only=True)
-            metrics |= run.plain_metrics(trainer)
-            if not config["train"]:
-                run.show_metrics("tested", metrics)
-        if config["train"] and not run.stop_signal(callbacks):
-            for logger in loggers:
-                if isinstance(logger, TensorBoard):
-                    logger.log_result(config, metrics)
-            run.show_summary(trainer, metrics, output_dir, Path(config["paths"]["log_dir"]) / config["task_name"])
-        for logger in loggers:
-            logger.finalize("success")
-        run.requeue_if_stopped(callbacks)
-    return metrics, objects
+    return objects | {"callbacks": callbacks, "loggers": loggers, "trainer": build(config["trainer"] | built)}
 
 
 def main(cfg: DictConfig) -> float | None:
-    """Hydra's entry: the optimised metric for sweepers; a stopped run exits as its signal says (130, 138, 143)."""
+    """Hydra's entry point.
+
+    Returns:
+        The optimised metric, for sweepers. A run stopped by a signal exits with that signal's status.
+    """
     metrics, objects = train(cfg)
-    received = run.stop_signal(objects["callbacks"])
-    if received is not None:
-        sys.exit(128 + received)
+    from mvsplit.training import session
+
+    session.exit_if_stopped(objects["callbacks"])
     name = cfg.get("optimized_metric")
+    sweeps.record(metrics, name, cfg.get("optimized_direction"))
     if name is None:
         return None
     if name not in metrics:
-        raise UserError(f"optimized_metric = {name}: allowed are {', '.join(sorted(metrics))}")
+        raise UserError(f"optimized_metric = {name}: must be one of {', '.join(sorted(metrics))}")
     return metrics[name]
 
 
 if __name__ == "__main__":
-    entry.run(main, "train.yaml")
+    entry.run(main, "train.yaml", settings.checked, RESOLVERS)

@@ -1,20 +1,25 @@
-"""What benchmarks share: the keys that each of them has, and training runs in processes of their own."""
+"""Shared by the benchmarks: their common keys, training runs in separate processes, and writing results."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import PositiveInt
 
-from mvsplit.utils.rng import Seed
-from mvsplit.utils.runs import PROJECT_ROOT
+from mvsplit.utils.config import Seed
+from mvsplit.utils.console import info
+from mvsplit.utils.files import whole_file
+from mvsplit.utils.run_dirs import PROJECT_ROOT
 
 
 @dataclass
 class RoundsConfig:
-    """Top-level keys of a benchmark whose contestants take turns."""
+    """Top-level keys of a benchmark whose candidates are measured in turns."""
 
     task_name: str
     ckpt_path: None
@@ -23,13 +28,31 @@ class RoundsConfig:
     paths: Any
 
 
-def train_apart(overrides: list[str], env: dict[str, str]) -> tuple[int, str]:
-    """Run `src/train.py` with these overrides, and these variables beside the present ones.
+def train_in_process(overrides: list[str], env: dict[str, str]) -> tuple[int, str]:
+    """Run `src/train.py` with these overrides and additional environment variables.
 
     Returns:
-        Its exit status and the last line that it said, on stderr if anything was.
+        Its exit status, and the last line of its stderr, or of its stdout if stderr is empty.
     """
     command = [sys.executable, str(PROJECT_ROOT / "src" / "train.py"), *overrides]
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=False)
     lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
     return done.returncode, lines[-1]
+
+
+def override(key: str, value: object) -> str:
+    """A Hydra override whose value, usually a path, may contain any of `, = ' [`."""
+    quoted = re.sub(r"(\\*)('|\Z)", lambda match: 2 * match[1] + match[2].replace("'", r"\'"), str(value))
+    return f"{key}='{quoted}'"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
+
+
+def save_figures(result: dict[str, Any], path: Path) -> None:
+    """Write a benchmark's figures and print the path."""
+    write_json(path, result)
+    info(f"figures          {path}")

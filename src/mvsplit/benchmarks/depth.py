@@ -1,7 +1,7 @@
-"""What depth costs: construction and steps at several depths under ZeRO-3, and beside two-rank DDP.
+"""The cost of depth: time to build and to train at several depths, under ZeRO-3 and for comparison under DDP.
 
-Each run is `python src/train.py` as anyone starts it, on two CPU processes, with a callback that writes down how long
-each step took. The runs take turns, so that other load on the machine meets all of them.
+Each run is an ordinary `python src/train.py` on two CPU processes, with a callback that records the duration of each
+step. The runs take turns, so that other load on the machine affects all of them.
 """
 
 import json
@@ -14,19 +14,19 @@ from typing import Annotated, Any
 
 from annotated_types import Gt, Len
 from pydantic import PositiveInt
-from rich.table import Table
+from rich.table import Column, Table
 
-from mvsplit.benchmarks.common import RoundsConfig, train_apart
-from mvsplit.utils.console import print_table, say, show_table
+from mvsplit.benchmarks.common import RoundsConfig, save_figures, train_in_process
+from mvsplit.utils.console import info, print_table, show_table
 from mvsplit.utils.errors import UserError
 
 Record = dict[str, Any]
-"""What `callbacks.step_times` wrote: `build_s`, `steps_s`, `peak_gib`."""
+"""The file of `callbacks.step_times`: `build_s`, `steps_s`, `peak_gib`."""
 Tolerance = Annotated[float, Gt(1)]
 
 
 @dataclass
-class LimitsConfig:
+class DepthLimits:
     growth: Tolerance
     spread: Tolerance
     ddp: Tolerance
@@ -38,12 +38,12 @@ class Config(RoundsConfig):
 
     depths: Annotated[list[PositiveInt], Len(2)]
     steps: Annotated[int, Gt(2)]
-    limits: LimitsConfig
+    limits: DepthLimits
     overrides: list[str]
 
 
 def measure(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
-    """All figures, shown, written to `bench_depth.json` and returned.
+    """Measure, print and save all figures (`bench_depth.json`).
 
     Raises:
         UserError: if a training run fails, with its last line.
@@ -52,22 +52,21 @@ def measure(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     for number in range(config["rounds"]):
         for depth in config["depths"]:
             for strategy, records in runs.items():
-                say(f"round {number + 1}: {depth} blocks, {strategy}")
+                info(f"round {number + 1}: {depth} blocks, {strategy}")
                 folder = output_dir / f"{strategy}_{depth}_{number}"
                 records.setdefault(depth, []).append(train(strategy, depth, folder, config))
     result: dict[str, Any] = {
         "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
         "runs": {strategy: {str(d): summary(r) for d, r in records.items()} for strategy, records in runs.items()},
     }
-    result["holds"] = verdicts(result["runs"], config["limits"])
-    path = output_dir / "bench_depth.json"
-    path.write_text(json.dumps(result, indent=1))
-    show(result, path)
+    result["holds"] = check_limits(result["runs"], config["limits"])
+    show(result)
+    save_figures(result, output_dir / "bench_depth.json")
     return result
 
 
 def train(strategy: str, depth: int, folder: Path, config: dict[str, Any]) -> Record:
-    """Run `src/train.py` and read what it wrote down."""
+    """Run `src/train.py` and read its record."""
     folder.mkdir()
     steps = config["steps"]
     overrides = [
@@ -77,9 +76,9 @@ def train(strategy: str, depth: int, folder: Path, config: dict[str, Any]) -> Re
         "callbacks=step_times", "logger=null", "test=false", f"paths.data_dir={config['paths']['data_dir']}",
         f"paths.log_dir={folder}", f"hydra.run.dir={folder}", *config["overrides"],
     ]  # fmt: skip
-    # Two processes on two cores: more threads each would only wait for one another.
+    # Two processes on two cores: more threads would only compete.
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    status, last_line = train_apart(overrides, threads)
+    status, last_line = train_in_process(overrides, threads)
     file = folder / "step_times.json"
     if status or not file.exists():
         raise UserError(f"training {depth} blocks with {strategy} ended with {status}: {last_line}")
@@ -88,7 +87,7 @@ def train(strategy: str, depth: int, folder: Path, config: dict[str, Any]) -> Re
 
 
 def summary(records: list[Record]) -> dict[str, float]:
-    """The quietest of the rounds: other load only ever adds.
+    """The fastest of the rounds: other load only ever slows a run down.
 
     Returns:
         `build_s`; `step_s`, the median step; `worst`, the longest step as a multiple of it; `peak_gib` of rank 0.
@@ -102,13 +101,13 @@ def summary(records: list[Record]) -> dict[str, float]:
     }
 
 
-def verdicts(runs: dict[str, dict[str, dict[str, float]]], limits: dict[str, float]) -> dict[str, bool]:
-    """Whether cost grows no faster than depth, no step stands out, and sharding costs no more than it may."""
+def check_limits(runs: dict[str, dict[str, dict[str, float]]], limits: dict[str, float]) -> dict[str, bool]:
+    """Whether cost is linear in depth, no step is an outlier, and sharding stays within its limit."""
     zero, ddp = runs["deepspeed"], runs["ddp"]
     depths = sorted(zero, key=int)
 
     def growth(key: str) -> float:
-        """The most by which a block of a deeper network costs more than one of the shallowest."""
+        """The highest cost per block of a deeper network, over that of the shallowest."""
         first = zero[depths[0]][key] / int(depths[0])
         return max(zero[depth][key] / int(depth) / first for depth in depths[1:])
 
@@ -120,12 +119,12 @@ def verdicts(runs: dict[str, dict[str, dict[str, float]]], limits: dict[str, flo
     }
 
 
-def show(result: dict[str, Any], path: Path) -> None:
-    """The tables."""
+def show(result: dict[str, Any]) -> None:
+    """Print the tables."""
     runs = result["runs"]
-    table = Table(title="ZeRO-3 on two CPU processes", title_justify="left")
-    for column in ("blocks", "build s", "step s", "ms a block", "longest step", "DDP's step s", "×", "peak GiB"):
-        table.add_column(column, justify="right")
+    names = ("blocks", "build s", "step s", "ms per block", "longest step", "DDP step s", "×", "peak GiB")
+    columns = [Column(name, justify="right") for name in names]
+    table = Table(*columns, title="ZeRO-3 on two CPU processes", title_justify="left")
     for depth, zero in runs["deepspeed"].items():
         ddp = runs["ddp"][depth]["step_s"]
         table.add_row(
@@ -134,4 +133,3 @@ def show(result: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
     print_table(table)
     show_table("Within the limits", {name: "yes" if held else "NO" for name, held in result["holds"].items()})
-    say(f"figures          {path}")

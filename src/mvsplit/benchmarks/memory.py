@@ -1,7 +1,6 @@
-"""Plan the memory of a training run, show it, and hold it against the peak of a real one."""
+"""Plan the memory of a training run and, optionally, compare it with the measured peak."""
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,36 +9,36 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Gt, Le, Len
 from pydantic import PositiveFloat, PositiveInt
-from rich.table import Table
+from rich.table import Column, Table
 
-from mvsplit.benchmarks.common import train_apart
-from mvsplit.benchmarks.plan import LARGEST, Job, Plan, largest_batch, largest_depth, plan, read_job
-from mvsplit.training.run import TrainConfig
-from mvsplit.utils.console import print_table, say, show_table
+from mvsplit.benchmarks.common import save_figures, train_in_process
+from mvsplit.benchmarks.plan import LARGEST, Plan, PlannedRun, largest_fitting, plan, read_planned_run
+from mvsplit.training.settings import TrainConfig
+from mvsplit.utils.console import print_table, show_table
 from mvsplit.utils.errors import UserError
 
 GIB = 2**30
 THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""For measured CPU runs: freed tensors go back to the system. Left to itself, glibc raises this threshold to 32 MiB and
-keeps freed blocks below it: a peak would then show its leftovers too (10 to 18 % in two runs of 1.5 and 2.4 GiB)."""
+"""For measured CPU runs: returns freed tensors to the system. By default, glibc raises this threshold up to 32 MiB and
+keeps smaller freed blocks, which adds to the peak (10 to 18 % in two runs of 1.5 and 2.4 GiB)."""
 AUTO = {"every": "auto", "fraction": 1.0, "budget_gib": None}
 SHORT_RUN = [
     "task_name=measured", "logger=csv", "trainer.max_steps=3", "trainer.log_every_n_steps=1",
     "trainer.limit_val_batches=0", "test=false",
 ]  # fmt: skip
-SILENT = ("best", "every", "last", "sample_grid")
-"""Steps that reach the peak (optimiser state is there from the second) and nothing else."""
+SILENT = ("checkpoint", "stop_signals", "sample_grid")
+"""Callbacks switched off in the short run. It reaches the peak: optimiser state exists from the second step on."""
 
 
 @dataclass
 class TableConfig:
-    gpus: Annotated[list[PositiveInt], Len(1)]
-    depths: Annotated[list[PositiveInt], Len(1)]
+    gpus: Annotated[list[Annotated[PositiveInt, Le(10**6)]], Len(1)]
+    depths: Annotated[list[Annotated[PositiveInt, Le(10**5)]], Len(1)]
 
 
 @dataclass
 class Config(TrainConfig):
-    """Top-level keys of `bench_memory.yaml`: those of `train.yaml` and the benchmark's own."""
+    """Top-level keys of `bench_memory.yaml`, beside those of `train.yaml`."""
 
     device_gib: PositiveFloat
     usable: Annotated[float, Gt(0), Le(1)]
@@ -47,14 +46,25 @@ class Config(TrainConfig):
     table: TableConfig
 
 
-# ----------------------------------------------------------------- measurement
+LARGEST_PLANNED = {("model", "depth"): 10**5, ("model", "width"): 10**6, ("data", "batch_size"): 10**7}
 
 
-def base_gib(job: Job, overrides: list[str], folder: Path) -> float:
-    """What a CPU process of such a run holds without a network to speak of, in GiB: the peak of one of `model=tiny`."""
+def check_sizes(config: dict[str, Any]) -> None:
+    """Raise `UserError` for networks that cannot be planned, or are too large for it."""
+    if "val_times" not in config["module"]:
+        raise UserError(f"module = {config['module']['_target_']}: memory can only be planned for module=flow")
+    for (group, key), most in LARGEST_PLANNED.items():
+        if (size := config[group].get(key, 0)) > most:
+            raise UserError(f"{group}.{key} = {size}: must be at most {most}")
+    if max(config["data"]["image_size"]) > 10**5:
+        raise UserError(f"data.image_size = {config['data']['image_size']}: must be at most {10**5}")
+
+
+def base_gib(run: PlannedRun, overrides: list[str], folder: Path) -> float:
+    """Memory of a CPU process of such a run without its network, in GiB: the peak of a run with `model=tiny`."""
     trainer = [o for o in overrides if o.lstrip("+").startswith("trainer")]
-    tiny = ["data=digits", "model=tiny", f"data.batch_size={16 * job.accumulate}"]
-    few = ["trainer.num_nodes=1", f"trainer.devices={min(job.world, 2)}"]  # as many as show what another rank adds
+    tiny = ["data=digits", "model=tiny", f"data.batch_size={16 * run.accumulate}"]
+    few = ["trainer.num_nodes=1", f"trainer.devices={min(run.world, 2)}"]  # two show what another rank adds
     return measured_gib({}, [*tiny, *trainer, *few], folder / "base", on_cpu=True)
 
 
@@ -62,123 +72,121 @@ def measured_gib(config: dict[str, Any], overrides: list[str], folder: Path, on_
     """The peak of the first rank in a short run of `src/train.py`, on the host or on the GPU, in GiB.
 
     Args:
-        config: of the run that is planned. overrides: that lead to it from `train.yaml`. folder: for the run's output.
+        config: of the planned run.
+        overrides: of `train.yaml` for that config.
+        folder: for the run's output.
+        on_cpu: measure host memory.
 
     Raises:
-        UserError: if the run fails or tells no peak.
+        UserError: if the run fails or logs no peak.
     """
     callbacks = config.get("callbacks", SILENT) or {}
     silent = [f"callbacks.{name}=null" for name in SILENT if name in callbacks]
     short = [*overrides, *SHORT_RUN, *silent, f"paths.log_dir={folder}"]
-    status, last_line = train_apart(short, THRESHOLD if on_cpu else {})
+    status, last_line = train_in_process(short, THRESHOLD if on_cpu else {})
     if status:
-        raise UserError(f"measuring: the run failed: {last_line}")
+        raise UserError(f"measure = true: the run failed: {last_line}")
     tag = "memory/host_peak_gib" if on_cpu else "memory/device_peak_gib"
     files = folder.glob("measured/runs/*/csv/version_0/metrics.csv")
     peaks = [float(row[tag]) for file in files for row in csv.DictReader(file.open()) if row.get(tag)]
     if not peaks:
-        raise UserError(f"measuring: the run tells no {tag}; callbacks.throughput is needed")
+        raise UserError(f"measure = true: the run logged no {tag}; callbacks.throughput is required")
     return max(peaks)
 
 
-# --------------------------------------------------------------------- results
-
-
 def report(config: dict[str, Any], overrides: list[str], output_dir: Path) -> dict[str, Any]:
-    """Plan, show, and with `measure` compare; kept as `bench_memory.json` in the run folder, and returned.
+    """Plan, print, with `measure` compare, and save the figures (`bench_memory.json`).
 
     Args:
-        config: checked, of `Config`. overrides: that lead to the same training config from `train.yaml`.
+        config: checked, of `Config`.
+        overrides: of `train.yaml` for the same training config.
     """
-    job = read_job(config)
-    if config["measure"] and not job.on_cpu and not torch.cuda.is_available():  # to plan, it need not be there
-        raise UserError("measure = true: this machine has no usable GPU; allowed here is trainer.accelerator=cpu")
-    planned = plan(job)
+    run = read_planned_run(config)
+    if config["measure"] and not run.on_cpu and not torch.cuda.is_available():  # planning does not need one
+        raise UserError("measure = true: this machine has no usable GPU; use trainer.accelerator=cpu")
+    planned = plan(run)
     limit = config["usable"] * config["device_gib"] * GIB
-    base = base_gib(job, overrides, output_dir) if job.on_cpu else 0.0
+    base = base_gib(run, overrides, output_dir) if run.on_cpu else 0.0
     result: dict[str, Any] = {
-        "parameters": job.sizes.total,
-        "batch": job.batch,
-        "world": job.world,
+        "parameters": run.stats.total,
+        "batch": run.batch,
+        "world": run.world,
         "gib": {name: size / GIB for name, size in vars(planned).items() if isinstance(size, int)},
         "moment": planned.moment,
         "recomputed": planned.schedule.recomputed,
         "every": planned.schedule.every,
         "base_gib": base,
         "planned_gib": base + planned.total / GIB,
-        "largest_depth": largest_depth(job, limit - base * GIB),
-        "largest_batch": largest_batch(job, limit - base * GIB),
+        "largest_depth": largest_fitting("depth", run, limit - base * GIB),
+        "largest_batch": largest_fitting("batch", run, limit - base * GIB),
     }
-    show(result, job, planned, config)
-    if not job.on_cpu and config["table"]:
-        result["table"] = list(table_rows(job, config["table"], limit))
-        show_other_sizes(result["table"], job, config)
+    show(result, run, planned, config)
+    if not run.on_cpu and config["table"]:
+        result["table"] = list(table_rows(run, config["table"], limit))
+        show_other_sizes(result["table"], run, config)
     if config["measure"]:
-        measured = measured_gib(config, overrides, output_dir, job.on_cpu)
+        measured = measured_gib(config, overrides, output_dir, run.on_cpu)
         result |= {"measured_gib": measured, "ratio": result["planned_gib"] / measured}
         rows = {"planned": f"{result['planned_gib']:.3f} GiB", "measured": f"{measured:.3f} GiB"}
         show_table("Peak of a rank", rows | {"planned / measured": f"{result['ratio']:.3f}"})
-    path = output_dir / "bench_memory.json"
-    path.write_text(json.dumps(result, indent=1))
-    say(f"figures {path}")
+    save_figures(result, output_dir / "bench_memory.json")
     return result
 
 
-def show(result: dict[str, Any], job: Job, planned: Plan, config: dict[str, Any]) -> None:
-    """The parts and the sum."""
+def show(result: dict[str, Any], run: PlannedRun, planned: Plan, config: dict[str, Any]) -> None:
+    """Print the parts and their sum."""
     gib = result["gib"]
     rows = {
-        "parameters": f"{gib['parameters']:8.2f} GiB   of {job.sizes.total:,} in all",
+        "parameters": f"{gib['parameters']:8.2f} GiB   of {run.stats.total:,} in all",
         "gradients": f"{gib['gradients']:8.2f} GiB",
         "optimiser state": f"{gib['optimizer']:8.2f} GiB",
         "average (EMA)": f"{gib['average']:8.2f} GiB",
-        "activations": f"{gib['activations']:8.2f} GiB   {planned.schedule.describe(job.depth)}",
-        "buffers": f"{gib['buffers']:8.2f} GiB   weights gathered, gradients on their way, measures",
-        "while stepping": f"{gib['step']:8.2f} GiB   instead of activations",
-        "worst moment": f"{gib['total']:8.2f} GiB   {planned.moment}",
+        "activations": f"{gib['activations']:8.2f} GiB   {planned.schedule.describe(run.depth)}",
+        "buffers": f"{gib['buffers']:8.2f} GiB   gathered weights, gradients in flight, measures",
+        "optimiser step": f"{gib['step']:8.2f} GiB   instead of activations",
+        "peak": f"{gib['total']:8.2f} GiB   {planned.moment}",
     }
-    if job.on_cpu:
-        rows["process itself"] = f"{result['base_gib']:8.2f} GiB   measured: a run of model=tiny"
+    if run.on_cpu:
+        rows["process itself"] = f"{result['base_gib']:8.2f} GiB   measured in a run of model=tiny"
         rows["total"] = f"{result['planned_gib']:8.2f} GiB"
     if planned.host:
-        rows["in host memory"] = f"{gib['host']:8.2f} GiB   beside it, per process"
+        rows["in host memory"] = f"{gib['host']:8.2f} GiB   per process"
     fits = "fits" if result["planned_gib"] <= config["usable"] * config["device_gib"] else "does NOT fit"
     rows[f"of {config['device_gib']:g} GiB × {config['usable']:g}"] = f"{fits:>12}"
-    rows["deepest that fits"] = f"{_number(result['largest_depth'])} blocks at {job.batch} samples"
-    rows["largest batch that fits"] = f"{_number(result['largest_batch'])} samples at {job.depth} blocks"
-    show_table(f"{job.depth} blocks, {job.world} × {job.batch} samples, per process", rows)
+    rows["deepest that fits"] = f"{_number(result['largest_depth'])} blocks at {run.batch} samples"
+    rows["largest batch that fits"] = f"{_number(result['largest_batch'])} samples at {run.depth} blocks"
+    show_table(f"{run.depth} blocks, {run.world} × {run.batch} samples, per process", rows)
 
 
 def _number(value: int) -> str:
     return f"{value:8}" + (" or more" if value == LARGEST else "")
 
 
-def table_rows(job: Job, table: dict[str, Any], limit: float) -> Iterator[dict[str, Any]]:
-    """What other numbers of GPUs hold of other depths: GiB per GPU, samples per GPU and micro-batch."""
-    keeping = lean = job
-    if node := job.model.get("checkpointing"):
-        keeping = replace(job, model=job.model | {"checkpointing": None})
-        lean = replace(job, model=job.model | {"checkpointing": node | AUTO})
+def table_rows(run: PlannedRun, table: dict[str, Any], limit: float) -> Iterator[dict[str, Any]]:
+    """GiB per GPU, and samples per GPU and micro-batch, for other numbers of GPUs and depths."""
+    keeping = lean = run
+    if node := run.model.get("checkpointing"):
+        keeping = replace(run, model=run.model | {"checkpointing": None})
+        lean = replace(run, model=run.model | {"checkpointing": node | AUTO})
     for depth in table["depths"]:
         for gpus in table["gpus"]:
-            states = plan(job.at(depth=depth, world=gpus))
+            states = plan(run.at(depth=depth, world=gpus))
             yield {
                 "depth": depth,
-                "parameters": job.at(depth=depth).sizes.total,
+                "parameters": run.at(depth=depth).stats.total,
                 "gpus": gpus,
                 "states_gib": states.states / GIB,
                 "left_gib": (limit - states.states) / GIB,
-                "batch_keeping_all": largest_batch(keeping.at(depth=depth, world=gpus), limit),
-                "batch": largest_batch(lean.at(depth=depth, world=gpus), limit),
+                "batch_keeping_all": largest_fitting("batch", keeping.at(depth=depth, world=gpus), limit),
+                "batch": largest_fitting("batch", lean.at(depth=depth, world=gpus), limit),
             }
 
 
-def show_other_sizes(rows: list[dict[str, Any]], job: Job, config: dict[str, Any]) -> None:
-    title = f"GPUs of {config['device_gib']:g} GiB at width {job.model['width']}, per GPU"
-    table = Table(title=title, title_justify="left")
+def show_other_sizes(rows: list[dict[str, Any]], run: PlannedRun, config: dict[str, Any]) -> None:
+    width = f" at width {run.model['width']}" if "width" in run.model else ""
+    title = f"GPUs of {config['device_gib']:g} GiB{width}, per GPU"
     columns = ("blocks", "parameters", "GPUs", "states, GiB", "left, GiB", "largest batch, all kept", "recomputed")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = Table(*(Column(name, justify="right") for name in columns), title=title, title_justify="left")
     for row in rows:
         batches = [str(row[key]) if row[key] else "–" for key in ("batch_keeping_all", "batch")]
         sizes = [f"{row['states_gib']:.1f}", f"{max(0.0, row['left_gib']):.1f}"]

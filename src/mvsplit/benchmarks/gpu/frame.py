@@ -1,266 +1,258 @@
-"""`src/bench.py gpu`: cases one after the other, each result kept at once, so that the command can be repeated.
+"""`src/bench.py gpu`: runs cases one after the other and saves each result, so that the command can be repeated.
 
-`<folder>/<device>/results.json` is whole at every moment. A case is done if a result stands there with the same key: of
-its config, the seed, the machine and the code. Repeating the command does the others. A case that fails, hangs or
-crashes is a result like any other, and stops none.
+`<folder>/<device>/results.json` is complete at any moment. A case is finished if it has a result there with the same
+key: a hash of its config, the seed, the machine and the code. A case that fails, hangs or crashes is a result like any
+other and does not stop the rest.
 """
 
 import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, make_dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import MinLen
-from pydantic import PositiveFloat
+from annotated_types import Len, MinLen
+from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from rich.markup import escape
+from rich.table import Table
 
-from mvsplit.benchmarks.gpu import faults, memory, network, processes, scripts, share, strategies
-from mvsplit.benchmarks.gpu.cases import Bench, Case, Outcome, SkipError, make_empty
-from mvsplit.benchmarks.gpu.commands import CaseError, DeadlineError
-from mvsplit.benchmarks.gpu.results import Results
-from mvsplit.benchmarks.gpu.table import report, told
-from mvsplit.training.run import Paths, locked
-from mvsplit.utils.console import say
+from mvsplit.benchmarks.common import write_json
+from mvsplit.benchmarks.gpu import device_cases, train_cases
+from mvsplit.benchmarks.gpu.cases import Bench, CaseError, DeadlineError, Run, SkipError, TrainedRun, make_empty
+from mvsplit.training.session import locked
+from mvsplit.training.settings import Paths
+from mvsplit.utils.config import Seed
+from mvsplit.utils.console import info, print_table
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.rng import Seed
-from mvsplit.utils.runs import PROJECT_ROOT
+from mvsplit.utils.limits import read_small
+from mvsplit.utils.run_dirs import PROJECT_ROOT
 
-SECTIONS: dict[str, Callable[[Bench], list[Case]]] = {
-    "tests": network.cases,
-    "strategies": strategies.cases,
-    "faults": faults.cases,
-    "scripts": scripts.cases,
-    "two_processes": processes.cases,
-    "share": share.cases,
-    "memory": memory.cases,
+SECTIONS: dict[str, Callable[[Bench], dict[str, Run]]] = {
+    "tests": device_cases.tests,
+    "strategies": train_cases.strategies,
+    "faults": train_cases.faults,
+    "scripts": train_cases.scripts,
+    "two_processes": train_cases.two_processes,
+    "share": device_cases.share,
+    "memory": device_cases.memory,
 }
-"""In this order: what is cheap and tells most comes first."""
-ASKED_WITHIN_S = 300.0
+"""Sections in the order in which they run: cheap and informative cases come first."""
 MARK = ".bench_gpu"
-"""File in a folder that is ours to empty."""
+"""File that marks a folder as ours."""
+COLOURS = {"PASS": "green", "FAIL": "bold red", "SKIP": "yellow", "NOT RUN": "dim"}
+
+
+def per_device(values: Any) -> type:
+    """A group of the keys `cuda` and `cpu`: values for both kinds of device."""
+    return make_dataclass("PerDevice", [("cuda", values), ("cpu", values)])
+
+
+Overrides = dict[str, list[str]]
+"""Named overrides of `train.yaml`."""
+Variants = per_device(Annotated[Overrides, MinLen(1)])
+KEYS: dict[str, Any] = {  # of `bench_gpu.yaml`
+    "task_name": str, "ckpt_path": None, "seed": Seed, "paths": Paths, "folder": str,
+    "device": Literal["auto", "cuda", "cpu"], "sections": Annotated[list[str], MinLen(1)] | None,
+    "minutes": PositiveFloat, "limit_s": PositiveFloat, "again": bool | Literal["failed"] | list[str],
+    "training": per_device(list[str]), "scripts": per_device(list[str]),
+    "strategies": Variants, "faults": Variants, "two_processes": Variants,
+    "tests": per_device(dict[str, PositiveInt | list[PositiveInt]]), "share": per_device(dict[str, PositiveInt]),
+    "memory": per_device(make_dataclass("Memory", {
+        "network": list[str], "latents": Annotated[list[PositiveInt], Len(3)], "depths": list[PositiveInt],
+        "strategies": Overrides, "modes": Overrides, "deepest": Overrides,
+    }.items())),
+}  # fmt: skip
+Config = make_dataclass("Config", KEYS.items())
 
 
 @dataclass
-class Overrides:
-    """Of `train.yaml`, by kind of device."""
+class CaseResult:
+    """An entry of `results.json`."""
 
-    cuda: list[str]
-    cpu: list[str]
+    status: Literal["PASS", "FAIL", "SKIP"]
+    why: str
+    checks: dict[str, bool]
+    figures: dict[str, Any]
+    seconds: float
+    key: str
 
-
-@dataclass
-class Variants:
-    """Named overrides of `train.yaml`, by kind of device."""
-
-    cuda: Annotated[dict[str, list[str]], MinLen(1)]
-    cpu: Annotated[dict[str, list[str]], MinLen(1)]
-
-
-@dataclass
-class TestsConfig:
-    cuda: network.NetworkSizes
-    cpu: network.NetworkSizes
+    def details(self) -> str:
+        """Failed checks, the reason, and the plain figures, in one line."""
+        broken = [f"NOT {name}" for name, held in self.checks.items() if not held]
+        shown = {n: f"{x:.4g}" if isinstance(x, float) else str(x) for n, x in self.figures.items()}
+        figures = [f"{name} {text}" for name, text in shown.items() if not isinstance(self.figures[name], dict)]
+        return "; ".join(part for part in (", ".join(broken), self.why, ", ".join(figures)) if part) or "ok"
 
 
 @dataclass
-class MemoryConfig:
-    cuda: memory.MemorySizes
-    cpu: memory.MemorySizes
+class ResultsFile:
+    """The content of `results.json`."""
+
+    machine: dict[str, Any]
+    cases: dict[str, CaseResult]
 
 
-@dataclass
-class ShareConfig:
-    cuda: share.ShareSizes
-    cpu: share.ShareSizes
+def read_results(path: Path) -> dict[str, CaseResult]:
+    """The cases in a file of results. Raises `UserError` if this benchmark did not write it."""
+    try:
+        return TypeAdapter(ResultsFile).validate_json(read_small(path, 16 << 20)).cases
+    except ValidationError:
+        raise UserError(f"{path}: damaged, or not written by this benchmark; move it away to start over") from None
 
 
-@dataclass
-class Config:
-    """Top-level keys of `bench_gpu.yaml`."""
-
-    task_name: str
-    ckpt_path: None
-    seed: Seed
-    device: Literal["auto", "cuda", "cpu"]
-    sections: Annotated[list[str], MinLen(1)] | None
-    minutes: PositiveFloat
-    limit_s: PositiveFloat
-    again: bool | Literal["failed"] | list[str]
-    folder: str
-    loss_tolerance: PositiveFloat
-    state_tolerance: PositiveFloat
-    training: Overrides
-    tests: TestsConfig
-    strategies: Variants
-    faults: Variants
-    scripts: Overrides
-    two_processes: Variants
-    share: ShareConfig
-    memory: MemoryConfig
-    paths: Paths
+def save_results(results: dict[str, CaseResult], bench: Bench) -> None:
+    write_json(bench.folder / "results.json", asdict(ResultsFile(bench.machine, results)))
 
 
-# ------------------------------------------------------------------- what to do
+def all_cases(bench: Bench) -> dict[str, Run]:
+    """The cases by path: `section/name`."""
+    cases = {f"{section}/{name}": run for section, make in SECTIONS.items() for name, run in make(bench).items()}
+    for path in cases:  # their folders are emptied: a name must not lead out of ours
+        if not re.fullmatch(r"\w+(/\w+)+", path):
+            raise UserError(f"{path}: a name may only contain letters, digits and _")
+    return cases
 
 
-def chosen(cases: list[Case], patterns: list[str] | None, key: str = "sections") -> list[Case]:
-    """The cases that the patterns name: sections, or cases `section/name`.
-
-    Raises:
-        UserError: for one that names none.
-    """
-    if patterns is None:
-        return cases
-    for pattern in patterns:
-        if not any(_named(case, pattern) for case in cases):
-            allowed = ", ".join(SECTIONS)
-            raise UserError(f"{key} = {pattern}: no such section or case; allowed are {allowed}, or section/case")
-    return [case for case in cases if any(_named(case, pattern) for pattern in patterns)]
-
-
-def _named(case: Case, pattern: str) -> bool:
-    return case.section == pattern or fnmatchcase(case.path, pattern)
+def chosen(paths: Iterable[str], patterns: list[str] | None, key: str = "sections") -> list[str]:
+    """The paths that match the patterns: names of sections, or of cases as `section/name`."""
+    found = {p: [path for path in paths if fnmatchcase(path, p) or path.startswith(f"{p}/")] for p in patterns or "*"}
+    if missing := [pattern for pattern, matches in found.items() if not matches]:
+        allowed = f"allowed: {', '.join(SECTIONS)}, or section/case"
+        raise UserError(f"{key} = {missing[0]}: no such section or case; {allowed}")
+    return [path for path in paths if any(path in matches for matches in found.values())]
 
 
 def find_machine(device: str, folder: Path) -> dict[str, Any]:
-    """The machine's description, asked in a process of its own: this one never touches a GPU.
-
-    Raises:
-        UserError: if a GPU is asked for and there is none.
-    """
-    bench = Bench({}, {"kind": "cpu"}, folder, time.monotonic() + ASKED_WITHIN_S)
+    """A description of the machine, made in a child process: this one never uses a GPU."""
+    bench = Bench({}, {"kind": "cpu"}, folder, time.monotonic() + 300)
     machine = bench.child(folder, "machine", cpu=device == "cpu")
     if device == "cuda" and machine["kind"] != "cuda":
-        raise UserError("device = cuda: this machine has no usable GPU; allowed here are auto and cpu")
-    return machine
+        raise UserError("device = cuda: this machine has no usable GPU; use auto or cpu")
+    return machine | {"code": code_version()}
 
 
 def code_version() -> str:
     """A hash of all code and configs that cases may use, committed or not."""
     digest = hashlib.sha256()
-    for folder, pattern in (("src", "*.py"), ("configs", "*.yaml")):
-        for file in sorted((PROJECT_ROOT / folder).rglob(pattern)):
-            if "local" not in file.parts and file.name != "bench_gpu.yaml":  # that one's values are in the key
-                digest.update(str(file.relative_to(PROJECT_ROOT)).encode() + file.read_bytes())
+    for file in sorted([*PROJECT_ROOT.glob("src/**/*.py"), *PROJECT_ROOT.glob("configs/**/*.yaml")]):
+        if "local" not in file.parts and file.name != "bench_gpu.yaml":  # whose values are in the key
+            digest.update(str(file.relative_to(PROJECT_ROOT)).encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def key_of(case: Case, bench: Bench, code: str) -> str:
-    """What a result belongs to."""
-    about = [bench.config[key] for key in ("seed", "loss_tolerance", "state_tolerance", "limit_s")]
-    about += [bench.config["training"][bench.kind], bench.of(case.section), bench.machine["name"], code]
+def key_of(path: str, bench: Bench) -> str:
+    """A hash of everything that a result depends on."""
+    about = [bench.config["seed"], bench.config["limit_s"], bench.of("training"), bench.of(path.partition("/")[0])]
+    about += [bench.machine["name"], bench.machine["code"]]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
 
 
-# -------------------------------------------------------------------- doing it
+def own_folder(folder: Path) -> None:
+    """Make a device's folder, in which folders are emptied later, and mark it as ours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder = {folder.parent}: cannot be created ({error.strerror})") from None
+    if not (folder / MARK).exists() and any(folder.iterdir()):
+        raise UserError(f"folder = {folder.parent}: {folder} contains files of another program; choose another folder")
+    (folder / MARK).touch()
 
 
 def measure(config: dict[str, Any], output_dir: Path) -> bool:
-    """Do what is not done yet, show everything that was asked for.
-
-    Returns:
-        Whether nothing has failed.
-
-    Raises:
-        UserError: for sections that do not exist, or if another process works in the folder.
-    """
-    names = {pattern.partition("/")[0] for pattern in config["sections"] or []}
-    if unknown := sorted(name for name in names if not any(fnmatchcase(section, name) for section in SECTIONS)):
-        raise UserError(f"sections = {unknown[0]}: no such section; allowed are {', '.join(SECTIONS)}, or section/case")
+    """Run the unfinished cases and report on all selected ones. Returns whether none has failed."""
+    for_any = [path for kind in ("cpu", "cuda") for path in all_cases(Bench(config, {"kind": kind}, output_dir))]
+    chosen(for_any, config["sections"])  # a mistake is reported before the machine is examined
     machine = find_machine(config["device"], output_dir)
     slug = re.sub(r"\W+", "_", machine["name"].lower()).strip("_")
-    folder = Path(config["folder"]).resolve() / slug
-    bench = Bench(config, machine, folder)
-    everything = [case for make in SECTIONS.values() for case in make(bench)]
-    for case in everything:  # their folders are emptied: names must not lead out of ours
-        if not re.fullmatch(r"\w+(/\w+)+", case.path):
-            raise UserError(f"{case.path}: a name in {case.section} may hold letters, digits and _ alone")
-    cases = chosen(everything, config["sections"])
-    again = config["again"]
-    anew = chosen(cases, again, "again") if isinstance(again, list) else cases if again is True else []
-    own_folder(folder)
-    with locked(folder):
-        code = code_version()
-        results = Results(folder / "results.json", machine | {"code": code})
-        for case in cases:
-            known = results.cases.get(case.path)
-            if case in anew or (again == "failed" and known is not None and known["status"] == "FAIL"):
-                results.drop(case)
-        _run(cases, everything, bench, results, code)
-        rows = [(case, results.done(case, key_of(case, bench, code))) for case in cases]
-        report(rows, machine, folder)
-    return not any(result is not None and result["status"] == "FAIL" for _, result in rows)
+    bench = Bench(config, machine, Path(config["folder"]).resolve() / slug)
+    cases, again = all_cases(bench), config["again"]
+    paths = chosen(cases, config["sections"])
+    anew = chosen(paths, again, "again") if isinstance(again, list) else paths if again else []
+    own_folder(bench.folder)
+    with locked(bench.folder):
+        file = bench.folder / "results.json"
+        results = read_results(file) if file.exists() else {}
+        for path in anew:
+            if path in results and (again != "failed" or results[path].status == "FAIL"):
+                del results[path]
+                save_results(results, bench)
+        finished = {path for path in cases if path in results and results[path].key == key_of(path, bench)}
+        bench.runs = {path: TrainedRun(bench.folder / path) for path in finished if results[path].status == "PASS"}
+        left = {path: cases[path] for path in paths if path not in finished}
+        info(f"machine          {machine['name']}, torch {machine['torch']}")
+        info(f"folder           {bench.folder}")
+        info(f"cases            {len(paths)}, {len(paths) - len(left)} finished")
+        finished |= _run(left, bench, results)
+        rows = {path: results[path] if path in finished else None for path in paths}
+        report(rows, bench)
+    return not any(result is not None and result.status == "FAIL" for result in rows.values())
 
 
-def own_folder(folder: Path) -> None:
-    """Make a device's folder, in which folders are emptied later, and mark it as ours.
-
-    Raises:
-        UserError: if it holds something and is not marked.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / MARK).exists():
-        if any(folder.iterdir()):
-            raise UserError(f"folder = {folder.parent}: {folder} holds what this benchmark did not write; take another")
-        (folder / MARK).touch()
-
-
-def _run(cases: list[Case], everything: list[Case], bench: Bench, results: Results, code: str) -> None:
-    end = time.monotonic() + 60 * bench.config["minutes"]
-    left = [case for case in cases if results.done(case, key_of(case, bench, code)) is None]
-    known = [(case, results.done(case, key_of(case, bench, code))) for case in everything]
-    bench.done = {case.path for case, result in known if result is not None and result["status"] == "PASS"}
-    say(f"machine          {bench.machine['name']}, torch {bench.machine['torch']}")
-    say(f"folder           {bench.folder}")
-    say(f"cases            {len(cases)}, {len(cases) - len(left)} of them done")
-    for number, case in enumerate(left):
-        if time.monotonic() > end:
-            say(f"NOT RUN          {len(left) - number} cases: {bench.config['minutes']:g} minutes are used up")
-            return
-        say(f"begins           {case.path}")
-        result = run_case(case, bench, end)
+def _run(cases: dict[str, Run], bench: Bench, results: dict[str, CaseResult]) -> set[str]:
+    """Run cases until the time is up, save their results, and return their paths."""
+    end, done = time.monotonic() + 60 * bench.config["minutes"], set[str]()
+    for path, run in cases.items():
+        result = run_case(path, run, bench, end) if time.monotonic() < end else None
         if result is None:
-            say(f"NOT RUN          {case.path}: not done when {bench.config['minutes']:g} minutes were used up")
-            return
-        results.put(case, result | {"key": key_of(case, bench, code)})
-        if result["status"] == "PASS":
-            bench.done.add(case.path)
-        say(f"{result['status']:16} {case.path}, {result['seconds']:.1f} s: {told(result)}")
+            info(f"NOT RUN          {len(cases) - len(done)} cases: {bench.config['minutes']:g} minutes have passed")
+            break
+        done.add(path)
+        results[path] = result
+        if result.status == "PASS":
+            bench.runs[path] = TrainedRun(bench.folder / path)
+        save_results(results, bench)
+        info(f"{result.status:16} {path}, {result.seconds:.1f} s: {result.details()}")
+    return done
 
 
-def run_case(case: Case, bench: Bench, end: float) -> dict[str, Any] | None:
-    """Try one case, whatever comes of it; None if the whole command's time was used up meanwhile.
-
-    Args:
-        end: of the whole command, on the clock `time.monotonic`.
-    """
+def run_case(path: str, run: Run, bench: Bench, end: float) -> CaseResult | None:
+    """The result of one case, whatever happens; None if the command's time is up (`end`, as in `time.monotonic`)."""
+    info(f"starting         {path}")
     began = time.monotonic()
     bench.deadline = min(began + bench.config["limit_s"], end)
-    place = bench.folder / case.section / case.name
+    result = CaseResult("FAIL", "", {}, {}, 0.0, key_of(path, bench))
     try:
-        if case.needs_gpu and bench.kind != "cuda":
-            raise SkipError("needs a GPU")
-        make_empty(place)
-        outcome = case.run(bench, place)
-        status = "PASS" if all(outcome.checks.values()) else "FAIL"
+        make_empty(bench.folder / path)
+        outcome = run(bench, bench.folder / path)
+        result.checks, result.figures = outcome.checks, outcome.figures
+        result.status = "PASS" if all(outcome.checks.values()) else "FAIL"
     except SkipError as reason:
-        status, outcome = "SKIP", Outcome(why=str(reason))
+        result.status, result.why = "SKIP", str(reason)
     except DeadlineError as reason:
         if bench.deadline == end:
             return None
-        status, outcome = "FAIL", Outcome(why=f"took longer than {bench.config['limit_s']:g} s: {reason}")
-    except CaseError as reason:
-        status, outcome = "FAIL", Outcome(why=str(reason))
-    except Exception as error:  # a defect of ours must not stop the others
-        status, outcome = "FAIL", Outcome(why=f"{type(error).__name__}: {error}")
+        result.why = f"took longer than {bench.config['limit_s']:g} s: {reason}"
+    except Exception as error:  # a defect in a case must not stop the others
+        result.why = str(error) if isinstance(error, CaseError) else f"{type(error).__name__}: {error}"
     finally:
         for job in bench.commands:
-            job.end()
+            job.kill()
         bench.commands.clear()
-    why = " ".join(outcome.why.split())[:500]
-    seconds = round(time.monotonic() - began, 1)
-    return {"status": status, "why": why, "checks": outcome.checks, "figures": outcome.figures, "seconds": seconds}
+    result.why, result.seconds = " ".join(result.why.split())[:500], round(time.monotonic() - began, 1)
+    return result
+
+
+def report(rows: dict[str, CaseResult | None], bench: Bench) -> None:
+    """Print a table, and write it as `results.md`."""
+    title = f"{bench.machine['name']}, torch {bench.machine['torch']}"
+    table, counts = Table("section", "case", "", "figures", "s", title=title), dict.fromkeys(COLOURS, 0)
+    lines = [title, "", "| section | case | | figures | s |", "|-|-|-|-|-:|"]
+    for path, result in rows.items():
+        section, _, name = path.partition("/")
+        row = [section, name, "NOT RUN", "", ""]
+        if result is not None:
+            row[2:] = result.status, result.details(), f"{result.seconds:.0f}"
+        counts[row[2]] += 1
+        table.add_row(*map(escape, row), style=COLOURS[row[2]])
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
+    print_table(table)
+    (bench.folder / "results.md").write_text("\n".join(lines) + "\n")
+    info(", ".join(f"{count} {status}" for status, count in counts.items() if count))
+    if counts["NOT RUN"]:
+        info("repeat the command to run the remaining cases")
+    info(f"figures          {bench.folder / 'results.json'}")
+    info(f"table            {bench.folder / 'results.md'}")

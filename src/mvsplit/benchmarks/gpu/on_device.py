@@ -1,197 +1,182 @@
-"""What the section `tests` does on a device, each function in a process of its own (see `child.py`).
+"""Measurements on a device, each in its own process: `python -m mvsplit.benchmarks.gpu.on_device FUNCTION JSON OUT`.
 
-Shapes: B batch, T tokens, D width, H heads, E head dimension.
+A function takes plain keyword arguments; a case's function returns its checks and figures.
 """
 
+import mvsplit  # noqa: F401 (before torch)
+
+# isort: split
+
 import functools
-import statistics
+import json
+import platform
+import sys
 import time
-import warnings
-from collections import Counter
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 
 from mvsplit.flow.objective import Flow, velocity_loss
-from mvsplit.models.attention import Attention
+from mvsplit.models.attention import Attention, rope_table
 from mvsplit.models.conditioning import ClassTokens
 from mvsplit.models.dit import DiT
 from mvsplit.models.residuals import MVSplit
-from mvsplit.models.rope import rope_table
 from mvsplit.stability.measures import mu_eff
 
-CLASSES, SIDE, CHANNELS = 10, 16, 4
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
+SIDE, CHANNELS, GIB, RANKS, GROUP = 16, 4, 2**30, 8, 8
+"""Side and channels of latents; bytes of a GiB; ranks of FSDP2, and blocks that it gathers at once."""
+MU_EFF_MS = 20.0
+SHARE_LIMIT, PEAK_LIMIT = 1.02, 1.25
+"""What a rank may hold, and its peak while building, as multiples of the network's size over the number of ranks; the
+peak may also include two groups of whole blocks."""
+
+
+def machine(cpu: bool) -> dict[str, Any]:
+    """A description of this machine. cpu: ignore its GPU."""
+    about: dict[str, Any] = {"kind": "cpu", "name": "cpu", "torch": torch.__version__, "system": platform.platform()}
+    if not cpu and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        about |= {"kind": "cuda", "name": gpu.name, "gib": gpu.total_memory / GIB, "gpus": torch.cuda.device_count()}
+        about |= {"capability": f"{gpu.major}.{gpu.minor}", "cuda": torch.version.cuda}
+    return about
 
 
 def make_network(depth: int, width: int, num_heads: int, device: str, seed: int = 0) -> DiT:
     """A network of 256 + 4 tokens whose last layer is not zero."""
     torch.manual_seed(seed)
-    context = functools.partial(ClassTokens, num_classes=CLASSES)
-    residual = functools.partial(MVSplit, writer_init="standard")
+    context = functools.partial(ClassTokens, num_classes=10)
     with torch.device(device):
-        network = DiT([SIDE, SIDE], CHANNELS, 1, depth, width, num_heads, context, residual)
+        network = DiT([SIDE, SIDE], CHANNELS, 1, depth, width, num_heads, context,
+                      functools.partial(MVSplit, writer_init="standard"))  # fmt: skip
         torch.nn.init.normal_(network.final_proj.weight, std=width**-0.5)
     return network
 
 
-def _inputs(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x0, x1, t and classes."""
-    generator = torch.Generator().manual_seed(1)
-    x0, x1 = torch.randn(2, batch, CHANNELS, SIDE, SIDE, generator=generator).to(device)
-    return x0, x1, torch.full((batch,), 0.3, device=device), (torch.arange(batch) % CLASSES).to(device)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _ms(function: Callable[[], Any], device: str, times: int = 10) -> float:
-    """The median time of a call."""
-    found = []
-    for number in range(times + 2):
-        _wait(device)
-        start = time.perf_counter()
-        function()
-        _wait(device)
-        if number >= 2:
-            found.append(1000 * (time.perf_counter() - start))
-    return statistics.median(found)
-
-
-# ------------------------------------------------------------------------ waiting
-
-
-class _HostReads(TorchDispatchMode):
-    """Counts values that Python reads from tensors; on a GPU each waits for everything before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
+def _ms(function: Callable[[], Any]) -> float:
+    """The mean time of a call, in milliseconds; the timer warms up and waits for a GPU."""
+    return 1000 * Timer("function()", globals={"function": function}).timeit(10).mean
 
 
 def host_syncs(device: str) -> dict[str, Any]:
-    """How often the host waits for the device, by part, and on a GPU where.
-
-    Returns:
-        `network`: in forward pass, loss and backward pass. `draw`: in drawing noise and times. Without a GPU only the
-        values that Python reads are seen, not copies.
-    """
-    network = make_network(4, 64, 4, device)
-    x0, x1, t, condition = _inputs(4, device)
-    position = torch.arange(4, device=device)
+    """Whether a training step, or drawing noise and times, waits for the device."""
+    on = "meta" if device == "cpu" else device  # where reading a value is an error
+    network = make_network(4, 64, 4, on)
+    with torch.device(on):
+        (x0, x1), t, position = torch.randn(2, 4, CHANNELS, SIDE, SIDE), torch.full((4,), 0.3), torch.arange(4)
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16):
-            loss = velocity_loss(network, x0, x1, t, condition).mean()
+            loss = velocity_loss(network, x0, x1, t, position).mean()
         loss.backward()
 
-    found: dict[str, Any] = {"blocks": 4, "sites": []}
-    for name, work in {"network": step, "draw": lambda: Flow().draw(0, position, x0)}.items():
-        for _ in range(2):  # lazy set-up and the allocator's first requests
-            work()
-        _wait(device)
-        if device == "cuda":
-            found[name], sites = _waits(work)
-            found["sites"] += sites
-        else:
-            with _HostReads() as reads:
-                work()
-            found[name] = reads.count
-    return found
+    figures = {"network": _first_wait(step, on), "draw": _first_wait(lambda: Flow().draw(0, position, x0), on)}
+    return {"checks": {"network_does_not_wait": not figures["network"]}, "figures": figures}
 
 
-def _waits(work: Callable[[], object]) -> tuple[int, list[str]]:
-    """How often some work waits, and from where it was called. Any waiting is an error first: nothing escapes that."""
+def _first_wait(work: Callable[[], object], device: str) -> str:
+    """Where a function first waits for the device; empty if it does not."""
     try:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        if device == "cuda":
+            work()  # lazy initialisation
             work()
-            return 0, []
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
-        torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            work()
+            torch.cuda.set_sync_debug_mode("error")
+        work()
+    except RuntimeError as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{Path(place.filename).name}:{place.lineno}: {str(error).splitlines()[0][:80]}"
     finally:
-        torch.cuda.set_sync_debug_mode("default")
-    sites = Counter(f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in told if "synchroniz" in str(w.message))
-    return max(1, sites.total()), [f"{site} × {count}" for site, count in sites.most_common(5)]
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return ""
 
 
-# ---------------------------------------------------------------------- attention
-
-
-def attention(device: str, batch_size: int, width: int = 1024, num_heads: int = 8) -> dict[str, Any]:
-    """Which attention kernel ran, and what each takes forward and backward.
-
-    Returns:
-        `ran`: flash, efficient, cudnn or math, or an empty name if none is known. `kernels`: names of the GPU's
-        kernels. `<backend>_ms`: forward and backward, or why it does not work.
-    """
+def attention(device: str, width: int = 1024, num_heads: int = 8) -> dict[str, Any]:
+    """Which attention kernel runs, and its time, at the paper's sizes."""
     with torch.device(device):
         layer = Attention(width, num_heads)
-        cos, sin = rope_table(SIDE, SIDE, width // num_heads, 10000.0, 4)
-        x = torch.randn(batch_size, SIDE**2 + 4, width, requires_grad=True)
-    cos, sin = cos.to(device), sin.to(device)
+        x = torch.randn(64 if device == "cuda" else 2, SIDE**2 + 4, width, requires_grad=True)
+    cos, sin = (table.to(device) for table in rope_table(SIDE, SIDE, width // num_heads, 10000.0, 4))
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16):
             layer(x, cos, sin).sum().backward()
 
     step()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profile(activities=activities) as trace:
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
         step()
-        _wait(device)
-    names = [event.key for event in trace.key_averages()]
-    operators = [name for name in names if "_scaled_dot_product_" in name]
-    kernels = [n for n in names if not n.startswith("aten::") and any(w in n for w in ("flash", "fmha", "sdpa"))]
-    ran = next((backend for backend in BACKENDS if any(backend in name for name in operators)), "")
-    found: dict[str, Any] = {"ran": ran, "kernels": [name[:80] for name in kernels]}
-    for name, backend in BACKENDS.items():
-        try:
-            with warnings.catch_warnings(), sdpa_kernel(backend):
-                warnings.simplefilter("ignore")  # why a kernel cannot run, in many lines
-                found[f"{name}_ms"] = _ms(step, device)
-        except RuntimeError as error:
-            found[f"{name}_ms"] = str(error).splitlines()[0][:80]
-    return found
-
-
-# ------------------------------------------------------------------------- mu_eff
+    operators = " ".join(event.key for event in trace.key_averages() if "_scaled_dot_product_" in event.key)
+    fused = any(name in operators for name in ("flash", "efficient", "cudnn"))
+    return {"checks": {"fused": fused}, "figures": {"ran": operators, "ms": _ms(step)}}
 
 
 def spectral_norm(device: str) -> dict[str, Any]:
-    """`mu_eff` of (2, 8, 260, 260): its time, its relative error against singular values, what it makes of a NaN."""
+    """`mu_eff` of (2, 8, 260, 260): its time, its relative error against singular values, its result for a NaN."""
     torch.manual_seed(0)
     a = torch.softmax(2 * torch.randn(2, 8, 260, 260), dim=-1)
     centred = a.double() - a.double().mean(-2, keepdim=True)
-    centred = centred - centred.mean(-1, keepdim=True)
-    exact = float(torch.linalg.matrix_norm(centred, ord=2).mean())
+    exact = torch.linalg.matrix_norm(centred - centred.mean(-1, keepdim=True), ord=2).mean().item()
     a = a.to(device)
-    found: dict[str, Any] = {"ms": _ms(lambda: mu_eff(a), device, times=5)}
-    found["error"] = abs(float(mu_eff(a)) - exact) / exact
+    ms, error = _ms(lambda: mu_eff(a)), abs(float(mu_eff(a)) - exact) / exact
     a[0, 0, 3, 5] = torch.nan
-    try:
-        found["nan"] = f"{float(mu_eff(a)):g}"
-    except RuntimeError as error:
-        found["nan"] = " ".join(str(error).split())[:80]
-    return found
+    checks = {"nan_gives_nan": bool(mu_eff(a).isnan()), "right": error < 0.01}
+    return {
+        "checks": checks | ({"fast": ms <= MU_EFF_MS} if device == "cuda" else {}),
+        "figures": {"ms": ms, "error": error},
+    }
+
+
+def fsdp_share(device: str, seed: int, depth: int, width: int, num_heads: int) -> dict[str, Any]:
+    """A rank's share of the parameters under FSDP2, and the peak and duration of building it.
+
+    The network is built as the first of several ranks of PyTorch's `fake` process group, whose collectives do nothing.
+    """
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from mvsplit.training.local_state import local
+    from mvsplit.training.strategies import FSDP2
+
+    class StandaloneFSDP2(FSDP2):
+        """The strategy without a trainer."""
+
+        root_device = torch.device(device)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    strategy = StandaloneFSDP2(GROUP)
+    strategy._device_mesh = init_device_mesh(device, (RANKS, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    strategy.policy = FSDP2.bf16_mixed
+    began = time.perf_counter()
+    with strategy.model_sharded_context():
+        network = make_network(depth, width, num_heads, device, seed)
+    strategy.shard(network)
+    torch.get_device_module(device).synchronize()
+    figures = {"build_s": time.perf_counter() - began}
+    total, block = (
+        sum(p.numel() * p.element_size() for p in m.parameters()) / GIB for m in (network, network.blocks[0])
+    )
+    held = sum(local(p.data).untyped_storage().nbytes() for p in network.parameters()) / GIB
+    figures |= {"network_gib": total, "held_gib": held, "expected_gib": total / RANKS, "group_gib": GROUP * block}
+    checks = {"a_share": held <= SHARE_LIMIT * total / RANKS}
+    if device == "cuda":
+        figures["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        checks["never_whole"] = figures["peak_gib"] <= PEAK_LIMIT * total / RANKS + 2 * GROUP * block
+    dist.destroy_process_group()
+    return {"checks": checks, "figures": figures}
+
+
+def make_latents(folder: str, shape: list[int], seed: int) -> None:
+    """Write a set of random latents."""
+    from mvsplit.benchmarks import synthetic_sets
+
+    synthetic_sets.write_set(Path(folder), synthetic_sets.latents(256, shape, False, seed), 256, 128)
+
+
+if __name__ == "__main__":
+    name, arguments, out = sys.argv[1:]
+    Path(out).write_text(json.dumps(globals()[name](**json.loads(arguments)), indent=1))

@@ -1,4 +1,4 @@
-"""Callbacks with which `run.py` disturbs a training or looks into it, at known steps."""
+"""Callbacks with which `train_run.py` disturbs or inspects a training run at known steps."""
 
 import json
 import math
@@ -12,11 +12,12 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mvsplit.benchmarks.gpu.overlap import side_work
+from mvsplit.benchmarks.gpu.overlap_cases import side_work
 from mvsplit.callbacks.collapse_guard import CollapseGuard
-from mvsplit.callbacks.stability import StabilityProbe
+from mvsplit.callbacks.monitor import StepMonitor
+from mvsplit.callbacks.stability_probe import StepRow
 from mvsplit.callbacks.throughput import host_peak_gib
-from mvsplit.training.shards import held_weights
+from mvsplit.training.local_state import local_weights
 
 WARM_UP = 2
 """Steps that are not measured."""
@@ -26,7 +27,7 @@ ILL = FINE | {"grad_norm": 9.0, "g_mean": 1.6, "g_ctr": 0.0125, "rho": 5.9, "tok
 
 
 class Spoil(Callback):
-    """Puts a NaN into the first rank's gradient, not into its loss, once `step` optimiser steps are done."""
+    """Puts a NaN into the first rank's gradient, not into its loss, after `step` optimiser steps."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -42,41 +43,43 @@ class Spoil(Callback):
         output.register_hook(lambda gradient: gradient * math.nan)
 
 
-class Forged(StabilityProbe):
-    """A probe whose values are made up: healthy ones, but those of a collapse at two steps.
+class Forged(StepMonitor):
+    """A monitor whose statistics are made up: healthy ones, but at two steps those of a collapse.
 
-    At the first the guard skips, at the second it rolls back. `forged_rank_<rank>.json` tells what came of it: by step,
-    a checksum of the weights that this process holds, before and after.
+    At the first the guard skips, at the second it rolls back. `forged_rank_<rank>.json` holds the result: by step, a
+    checksum of this process's weights before and after it.
 
     Args:
-        folder, and the rest: of the probe. skip, back: the two steps.
+        skip: the first of the two steps.
+        back: the second.
+        others: of the monitor.
     """
 
-    def __init__(self, folder: str, skip: int, back: int, **probe: Any) -> None:
-        super().__init__(folder, **(probe | {"every": 0}))
+    def __init__(self, skip: int, back: int, folder: str, guard: CollapseGuard, **others: Any) -> None:
+        super().__init__(folder, guard=guard, **(others | {"board": None}))
         self.ill, self.back, self.out = (skip, back), back, Path(folder).parent
         self.sums: dict[str, dict[int, float]] = {"before": {}, "after": {}}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
-        self._guard = next(c for c in trainer.callbacks if isinstance(c, CollapseGuard))
         for step in range(-100, 0):  # a healthy past
             wave = 1 + 0.05 * math.sin(step)
-            self._guard.watch.observe(step, {name: value * wave for name, value in FINE.items()})
+            self.detector.observe(step, {name: value * wave for name, value in FINE.items()})
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, module, batch, batch_idx)
-        self._guard.action = "rollback" if trainer.global_step > self.ill[0] else "skip"
+        assert self.guard is not None
+        self.guard.action = "rollback" if trainer.global_step > self.ill[0] else "skip"
         if trainer.global_step == self.ill[0] + 1:
-            self._guard.watch.went_back()  # a recovery takes longer
+            self.detector.went_back()  # a recovery takes longer
         self.sums["before"][trainer.global_step] = checksum(module)
 
-    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
-        super().on_before_optimizer_step(trainer, module, optimizer)
-        self.values = dict(ILL if trainer.global_step in self.ill else FINE)
+    def _record(self, row: StepRow, trainer: Trainer) -> None:
+        super()._record(row, trainer)
+        row.measures = dict(ILL if row.step in self.ill else FINE)
+        row.loss, row.grad_norm = row.measures.pop("loss"), row.measures.pop("grad_norm")
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *rest: Any) -> None:
-        super().on_train_batch_end(trainer, module, *rest)
         self.sums["after"][trainer.global_step - 1] = checksum(module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -85,19 +88,24 @@ class Forged(StabilityProbe):
 
 
 def checksum(module: LightningModule) -> float:
-    """Of the weights this process holds: unchanged if they are, to the bit, and hardly ever otherwise."""
-    parts = [part.values for part in held_weights(module).values() if part.values.is_floating_point()]
+    """A checksum of this process's weights: equal if they are equal to the bit, and hardly ever otherwise."""
+    parts = [part.values for part in local_weights(module).values() if part.values.is_floating_point()]
     return sum(float((values.double().cpu() * (number + 1)).sum()) for number, values in enumerate(parts))
 
 
 class Measure(Callback):
-    """Writes `measured.json`: what a step takes of time and memory, and whether other streams work beside the network.
+    """Writes `measured.json`: time and memory of a step, and whether other streams work beside the network.
 
-    `step_ms`; `host_ms`: until forward and backward pass are under way, the device waited for before and not after;
-    `allocated_gib`, `reserved_gib`: most of it; `host_gib`: of the process; `side`: see `overlap.side_work`.
+    - `step_ms`.
+    - `host_ms`: from an idle device until forward and backward pass are launched.
+    - `allocated_gib`, `reserved_gib`: peaks of the device's memory.
+    - `host_gib`: peak of the process's memory.
+    - `side`: see `overlap_cases.side_work`.
+
+    It must be the last callback: then the others' work at the start of a step is not measured.
 
     Args:
-        folder: where it goes. Put it last: before it, others have done what they do at the start of a step.
+        folder: where the file goes.
     """
 
     def __init__(self, folder: str) -> None:
@@ -120,7 +128,7 @@ class Measure(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._wait()
-        if trainer.global_step == trainer.max_steps - 1:  # the last is not timed but traced
+        if trainer.global_step == trainer.max_steps - 1:  # the last step is traced, not timed
             self._peaks = self._memory()
             activity = ProfilerActivity.CUDA if self.on_gpu else ProfilerActivity.CPU
             self._trace = profile(activities=[activity])

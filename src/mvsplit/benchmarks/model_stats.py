@@ -1,11 +1,11 @@
-"""Sizes of a network, without building it: parameters by number, activations by what one block keeps.
+"""Parameter counts and activation sizes of a network, without allocating it.
 
-The network stands on the meta device to be counted. One block of it runs on fake tensors, where shapes and storages
-are what they would be, and nothing is computed or allocated.
+Parameters are counted on the meta device. Activations are measured by running one block on fake tensors, which have
+shapes and storages but no data.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,53 +17,75 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvsplit.flow.objective import velocity_loss
 from mvsplit.models.recompute import saved_bytes
-from mvsplit.stability.taps import WRITERS
+from mvsplit.stability.taps import blocks_of, writers_of
 from mvsplit.utils.config import build
+from mvsplit.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Parameters of a network, by number."""
+class ModelStats:
+    """Numbers of parameters of a network."""
 
     total: int
     block: int
     writers: int
-    """Of a block's two writers."""
+    """Those of a block's two writers."""
 
-    def at_depth(self, depth: int, change_to: int) -> "Sizes":
+    def at_depth(self, depth: int, change_to: int) -> "ModelStats":
         return replace(self, total=self.total + (change_to - depth) * self.block)
 
 
-def count_parameters(model: dict[str, Any]) -> Sizes:
-    """Of a checked `model` node, built on the meta device."""
+def count_parameters(model: dict[str, Any]) -> ModelStats:
+    """The numbers of parameters of a checked `model` node.
+
+    Raises:
+        UserError: for a network that does not consist of `depth` equal blocks and little else.
+    """
     with torch.device("meta"):
         network = build(model)()
-    block = network.blocks[0]
-    writers = [block.get_submodule(name) for name, _ in WRITERS.values()] if hasattr(block, "attention") else []
-    parts = [network, block, nn.ModuleList(writers)]
-    return Sizes(*(sum(p.numel() for p in part.parameters()) for part in parts))
+    blocks = blocks_of(network)
+    if not blocks or len(blocks) != model.get("depth") or len({_count(block) for block in blocks}) > 1:
+        raise UserError(
+            f"model = {model['_target_']}: cannot be planned; the planner requires a network with an argument `depth`"
+            " and that many blocks of equal size in `blocks`"
+        )
+    writers = [matrix for matrix, _ in writers_of(network, blocks[0]).values()]
+    return ModelStats(_count(network), _count(blocks[0]), sum(map(_count, writers)))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of activations for a micro-batch: of a block, of the trunk between blocks, of what is around the blocks,
-    of gradients on their way through a block, and of a block's weights cast by autocast.
-    """
+    """Bytes of activations of a micro-batch."""
 
     block: int
     trunk: int
+    """The trunk between two blocks."""
     around: int
+    """Activations outside the blocks."""
     working: int
+    """Gradients in flight in a block's backward pass."""
     casts: int
+    """A block's weights, cast by autocast."""
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages made inside it that are still alive, and the most there were."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of living storages that were created inside it, and their peak.
 
-    def __init__(self) -> None:
+    Args:
+        existing: tensors created before, whose views are not counted.
+
+    Attributes:
+        now, peak: bytes.
+    """
+
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.known = {tensor.untyped_storage()._cdata for tensor in existing}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -91,15 +113,18 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def measure_activations(model: dict[str, Any], batch: int, dtype: torch.dtype, autocast: bool) -> Activations:
-    """Run a network of one block on fake tensors: shapes and storages without memory or arithmetic.
+    """Run a network of one block on fake tensors.
 
     Args:
-        model: a checked `model` node. batch: micro-batch per process. dtype: of the weights. autocast: to bf16.
+        model: a checked `model` node.
+        batch: micro-batch per process.
+        dtype: of the weights.
+        autocast: to bf16.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         network = build(model | {"depth": 1} | ({"checkpointing": None} if "checkpointing" in model else {}))()
-        image = torch.zeros(batch, *network.input_shape, dtype=torch.float32)  # batches keep their type
-        null = getattr(network.context, "null", None)
+        image = torch.zeros(batch, *network.input_shape, dtype=torch.float32)  # batches are not cast
+        null = getattr(getattr(network, "context", None), "null", None)
         condition = torch.zeros(batch, dtype=torch.long) if null is None else null.expand(batch, -1, -1)
         seen: list[Any] = []
         network.blocks[0].register_forward_pre_hook(lambda _, args: seen.extend(args))
@@ -110,13 +135,13 @@ def measure_activations(model: dict[str, Any], batch: int, dtype: torch.dtype, a
             block, (x, *others) = network.blocks[0], seen
             x = x.detach().requires_grad_()
             _, saved = saved_bytes(lambda: block(x, *others), block, others)
-            with _Live() as live:
+            with LiveBytes() as live:
                 block(x, *others).sum().backward()
     casts = 2 * sum(p.numel() for p in block.parameters() if p.ndim == 2) if autocast else 0
     return Activations(
         block=saved,
         trunk=x.nbytes,
-        around=max(0, everything - saved) + 3 * image.nbytes,  # data, noise and their mixture stay as well
+        around=max(0, everything - saved) + 3 * image.nbytes,  # data, noise and their mixture
         working=max(0, live.peak - (saved - x.nbytes)),
         casts=casts,
     )
