@@ -1,5 +1,6 @@
 """What all tests share: a folder of digits, a way to train in this process, a way to run a script in another."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -16,9 +18,13 @@ from omegaconf import DictConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from mvsplit.data.digits import write_digits
-from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers
+from mvsplit.data.folders import RESOLVERS
+from mvsplit.utils.resolvers import register_resolvers
+from mvsplit.utils.run_dirs import PROJECT_ROOT
 
 SRC = PROJECT_ROOT / "src"
+SUPPORT = Path(__file__).parent / "support"
+"""Helpers, and scripts that tests start."""
 torch.set_num_threads(1)  # tiny networks: threads cost more than they give
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
 
@@ -30,7 +36,7 @@ SMALL = [
     "trainer.val_check_interval=3",
     "trainer.log_every_n_steps=1",
     "callbacks.sample_grid.rows=1",
-    "callbacks.last.every_n_steps=2",
+    "callbacks.checkpoint.every_n_steps=2",
     "sampler.steps=2",
 ]
 """A run of a second or two that still does everything."""
@@ -45,9 +51,31 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compose_config(*overrides: str, name: str = "train.yaml") -> DictConfig:
-    register_resolvers(planning=name == "bench_memory.yaml")
+    register_resolvers(RESOLVERS, planning=name == "bench_memory.yaml")
     with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT_ROOT / "configs")):
         return compose(name, overrides=list(overrides))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test marked `apart` in a fork.
+
+    With a device beside the CPU, also a fake one, autograd starts threads, and no process forked after that can train.
+    """
+    if pyfuncitem.get_closest_marker("apart") is None:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+
+    def test() -> None:
+        # In a fork the first call replaces PyTorch's thread pool; autograd's threads, all at once, would race for it.
+        torch.set_num_threads(1)
+        pyfuncitem.obj(**arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=test)
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "see the traceback in the captured output"
+    return True
 
 
 @pytest.fixture
@@ -56,7 +84,7 @@ def config(data_dir: Path, tmp_path: Path) -> Callable[..., DictConfig]:
 
     def make(*overrides: str, run: str = "run") -> DictConfig:
         output = tmp_path / run
-        output.mkdir(exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         paths = [f"paths.data_dir={data_dir}", f"paths.log_dir={tmp_path}/logs", f"paths.output_dir={output}"]
         return compose_config(*SMALL, *paths, *overrides)
 
@@ -89,7 +117,6 @@ def run_script(script: Callable[..., list[str]], tmp_path: Path) -> Callable[...
     """`run_script(name, *overrides)`: run it to its end, from a working directory that is not the project's."""
 
     def run(name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-        command = script(name, *overrides)
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+        return warm.run(script(name, *overrides), tmp_path, 240)
 
     return run

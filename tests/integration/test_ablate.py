@@ -1,4 +1,4 @@
-"""src/ablate.py as users start it, interrupted as it happens."""
+"""src/ablate.py as users start it, and interrupted."""
 
 import json
 import os
@@ -14,15 +14,13 @@ import psutil
 import pytest
 import yaml
 
-from .conftest import TIMES
-
 Command = Callable[..., list[str]]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 TINY = [
     "model=tiny", "data.batch_size=8", "trainer.accelerator=cpu", "trainer.max_steps=3", "trainer.val_check_interval=3",
-    "trainer.limit_val_batches=1", "callbacks.sample_grid=null", "callbacks.best=null", "callbacks.every=null",
-    "callbacks.last=null", "logger=null", "test=false",
+    "trainer.limit_val_batches=1", "callbacks.sample_grid=null", "callbacks.checkpoint=null",
+    "callbacks.stop_signals=null", "logger=null", "test=false",
 ]  # fmt: skip
 QUESTIONS = {"which": {"a": ["residual=post_norm"], "b": ["residual=mvsplit"]}}
 RUNS = ["a/seed_0", "a/seed_1", "b/seed_0", "b/seed_1"]
@@ -32,9 +30,12 @@ RUNS = ["a/seed_0", "a/seed_1", "b/seed_0", "b/seed_1"]
 def command(script: Command, data_dir: Path, tmp_path: Path) -> Command:
     """`command(*overrides, questions=…, more=…)`: two variants, two seeds, two processes, three steps."""
 
-    def make(*overrides: str, questions: Any = QUESTIONS, more: tuple[str, ...] = ()) -> list[str]:
+    def make(
+        *overrides: str, questions: Any = QUESTIONS, more: tuple[str, ...] = (), saving: bool = False
+    ) -> list[str]:
         asked = re.sub(r'"(\w+)": ', r"\1:", json.dumps(questions))  # Hydra's keys are not quoted
-        keys = [f"overrides={json.dumps([*TINY, *more])}", "~questions", f"+questions={asked}"]
+        own = [o for o in TINY if not (saving and o == "callbacks.checkpoint=null")]
+        keys = [f"overrides={json.dumps([*own, *more])}", "~questions", f"+questions={asked}"]
         return script(
             "ablate.py", *keys, f"folder={tmp_path}/out", "seeds=[0,1]", "processes=2", f"paths.data_dir={data_dir}",
             *overrides,
@@ -62,7 +63,8 @@ def stamps(folder: Path) -> dict[Path, int]:
     return {f: f.stat().st_mtime_ns for f in folder.glob("*/*/result.json")}
 
 
-def test_all_runs_are_done_once_and_other_settings_are_refused(ablate: Run, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_all_runs_are_trained_once_and_other_settings_are_refused(ablate: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = ablate()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,7 +79,7 @@ def test_all_runs_are_done_once_and_other_settings_are_refused(ablate: Run, tmp_
         assert config["seed"] == config["module"]["seed"] == int(name[-1])
         assert config["residual"]["_target_"].endswith({"a": "PostNorm", "b": "MVSplit"}[name[0]])
     assert found["a/seed_0"]["metrics"] != found["a/seed_1"]["metrics"]
-    assert "4 runs, 0 of them done; 2 at once" in done.stdout
+    assert "4 runs, 0 finished; 2 at once" in done.stdout
     assert "finished         b/seed_1: train/loss" in done.stdout
     assert "run finished" not in done.stdout
     rows = json.loads((out / "ablation.json").read_text())["variants"]
@@ -86,8 +88,13 @@ def test_all_runs_are_done_once_and_other_settings_are_refused(ablate: Run, tmp_
     before = stamps(out)
     other = ablate(more=("optim.lr=0.01",))
     assert other.returncode == 2
-    assert "holds the result of other settings (now optim.lr=0.01); give folder=" in other.stderr
+    assert "has the result of other settings (now optim.lr=0.01); set folder=" in other.stderr
     assert stamps(out) == before
+
+    wrong = ablate(f"folder={tmp_path}/other", "seeds=[0]", more=(f"ckpt_path={tmp_path}",))
+    assert wrong.returncode == 1
+    assert f"FAILED           a/seed_0: stopped: ckpt_path = {tmp_path}: not a checkpoint" in wrong.stdout
+    assert results(tmp_path / "other") == {}  # it says nothing about the method: the next command tries again
 
 
 def wait_for(process: subprocess.Popen[str], happened: Callable[[], Any]) -> Any:
@@ -112,47 +119,54 @@ def workers(folder: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.skipif(not TIMES, reason="long: MVSPLIT_FAULTS=1")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
-def test_an_interrupted_command_goes_on(command: Command, ablate: Run, tmp_path: Path, number: signal.Signals) -> None:
-    out, call = tmp_path / "out", command(more=("trainer.max_steps=100",))
+@pytest.mark.slow
+def test_a_killed_command_resumes(command: Command, ablate: Run, tmp_path: Path) -> None:
+    """Ctrl-C is tested with src/study.py, which trains its runs by the same code."""
+    steps = ("trainer.max_steps=100", "callbacks.checkpoint.every_n_steps=10")
+    out, call = tmp_path / "out", command(more=steps, saving=True)
     process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(process, lambda: results(out) and workers(out))
+
+    def saved() -> list[str]:
+        return [name for name in workers(out) if any((out / name / "checkpoints").glob("step-*.ckpt/COMPLETE"))]
+
+    interrupted = wait_for(process, lambda: results(out) and saved())
     pids = list(workers(out).values())
-    process.send_signal(number)
-    said = process.communicate(timeout=30)[0]
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[number]
-    assert number == signal.SIGKILL or "interrupted; the same command goes on" in said
+    process.kill()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
     psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
     assert not workers(out)
     before = stamps(out)
     assert 0 < len(before) < len(RUNS)
-    done = ablate(more=("trainer.max_steps=100",))
+    done = ablate(more=steps, saving=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"4 runs, {len(before)} of them done" in done.stdout
+    for name in interrupted:
+        assert name in {run for run in RUNS if "resuming from step" in (out / run / "log.txt").read_text()}
+    assert f"4 runs, {len(before)} finished" in done.stdout
     assert list(results(out)) == RUNS
     assert before.items() <= stamps(out).items()
 
 
-@pytest.mark.skipif(not TIMES, reason="long: MVSPLIT_FAULTS=1")
-def test_a_killed_run_is_told_and_the_others_go_on(command: Command, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_killed_run_is_reported_and_the_others_continue(command: Command, tmp_path: Path) -> None:
     out, call = tmp_path / "out", command(more=("trainer.max_steps=25",))
     process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     name, pid = next(iter(wait_for(process, lambda: workers(out)).items()))
     os.kill(pid, signal.SIGKILL)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 1
-    assert f"FAILED           {name}: ended from outside (status -9)" in said
+    assert f"FAILED           {name}: killed (exit status -9)" in said
     assert set(RUNS) - set(results(out)) == {name}
 
 
-def test_a_run_that_stops_itself_is_a_result_and_a_defect_is_none(ablate: Run, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_that_stops_itself_is_a_result_and_a_defect_is_not(ablate: Run, tmp_path: Path) -> None:
     # Gains that overflow, and a folder in the way of a file that a callback writes.
     questions = {
         "which": {
             "good": ["residual=mvsplit"],
             "stops": ["residual=mvsplit", "residual.beta_init=1e38"],
-            "fails": ["residual=mvsplit", "callbacks=record", "callbacks.record.folder=/proc/none"],
+            "fails": ["residual=mvsplit", "callbacks=record", "callbacks.record.folder=\\${paths.output_dir}/log.txt"],
         }
     }
     done = ablate("seeds=[0]", questions=questions)
@@ -167,8 +181,9 @@ def test_a_run_that_stops_itself_is_a_result_and_a_defect_is_none(ablate: Run, t
     assert "FAILED           fails/seed_0: " in done.stdout
 
 
-def test_mistakes_are_told_before_anything_runs(ablate: Run, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_mistakes_are_reported_before_anything_runs(ablate: Run, tmp_path: Path) -> None:
     done = ablate("only=[c]")
     assert done.returncode == 2
-    assert "only = ['c']: no such question or variant; allowed are which, a, b" in done.stderr
+    assert "only = ['c']: no such question or variant; allowed: which, a, b" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import SUPPORT
 
-WORKER = Path(__file__).with_name("device_worker.py")
+WORKER = SUPPORT / "device_worker.py"
 
 
+@pytest.mark.slow
 def test_zero3_places_the_module_and_looks_at_gradients_where_they_lie(
     script: Callable[..., list[str]], tmp_path: Path
 ) -> None:

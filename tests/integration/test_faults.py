@@ -1,13 +1,9 @@
-"""Two processes of ZeRO-3 that are killed, stopped, run out of space or find a damaged checkpoint: nothing is lost.
-
-Each way to end a run is tried a few times; `MVSPLIT_FAULTS=20 pytest tests/integration/test_faults.py` tries harder.
-"""
+"""Two processes of ZeRO-3 that are killed, stopped, run out of space or find a damaged checkpoint: nothing is lost."""
 
 import contextlib
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import time
@@ -16,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comparison import differences, state
+from conftest import SUPPORT
+from jobs import ZERO3, Job, errors
 
-from mvsplit.training.folder import COMPLETE, Saved
+from mvsplit.training.checkpoint_format import COMPLETE, Saved
 
-from .conftest import TIMES, differences, state
-from .jobs import ZERO3, Job, errors
 from .test_commands import runs
 
-KILLS = TIMES or 2
+KILLS = 4
 STEPS = 12 * KILLS
 WITHIN_S = 60
 """How soon a disturbed run must have ended, all of it."""
@@ -35,12 +32,20 @@ OPTIONS = [
     "trainer.val_check_interval=1000",
     "trainer.limit_test_batches=1",
     "optim.warmup_steps=5",
-    "callbacks.last.every_n_steps=2",
+    "callbacks.checkpoint.every_n_steps=2",
     "callbacks.sample_grid=null",
-    "callbacks.best=null",
+    "callbacks.checkpoint.keep_best=0",
     "callbacks.rank_watch.timeout_s=20",
+    "+callbacks.slow={_target_:disturbed_train.DisturbWrites,seconds:0.001}",  # many steps happen during a write
 ]
 Script = Callable[..., list[str]]
+
+
+@pytest.fixture
+def command(script: Script) -> list[str]:
+    """A run whose checkpoints are written slowly."""
+    python, _, *overrides = script("train.py", *OPTIONS)
+    return [python, str(SUPPORT / "disturbed_train.py"), *overrides]
 
 
 class Disturbed(Job):
@@ -53,7 +58,7 @@ class Disturbed(Job):
 
     def saves(self) -> int:
         """Steps of the newest complete checkpoint."""
-        names = [mark.parent.name for mark in self.folder.glob(f"*/checkpoints/last-*.ckpt/{COMPLETE}")]
+        names = [mark.parent.name for mark in self.folder.glob(f"*/checkpoints/step-*.ckpt/{COMPLETE}")]
         return max((int(name.removesuffix(".ckpt").rpartition("-")[2]) for name in names), default=0)
 
     def reach(self, moment: str, delay: float) -> list[int]:
@@ -79,14 +84,15 @@ def uninterrupted() -> dict[str, Any]:
 
 @pytest.fixture
 def finish(
-    script: Script, tmp_path: Path, uninterrupted: dict[str, Any]
+    command: list[str], tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> Callable[[], subprocess.CompletedProcess[str]]:
-    """`finish()`: repeat the command to its end, and compare with a run that nobody disturbed, to the bit."""
+    """`finish()`: repeat the command to its end, and compare with a run that nobody disturbed, bit for bit."""
 
     def end() -> subprocess.CompletedProcess[str]:
         def run(*more: str) -> subprocess.CompletedProcess[str]:
-            command = [*script("train.py", *OPTIONS), *more]
-            return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+            return subprocess.run(
+                [*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+            )
 
         if not uninterrupted:
             whole = run("task_name=whole")
@@ -101,11 +107,11 @@ def finish(
     return end
 
 
-def test_a_rank_killed_at_any_moment(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
+@pytest.mark.slow
+def test_a_rank_killed_at_any_moment(command: list[str], tmp_path: Path, finish: Callable[[], Any]) -> None:
     chance = random.Random(0)
-    command = [*script("train.py", *OPTIONS), "ckpt_path=last"]
     for attempt in range(KILLS):
-        run = Disturbed(command, tmp_path)
+        run = Disturbed([*command, "ckpt_path=last"], tmp_path)
         ranks = run.reach(("in a step", "in a save", "after a save")[attempt % 3], chance.random())
         victim = chance.randrange(2)
         os.kill(ranks[victim], signal.SIGKILL)
@@ -117,11 +123,11 @@ def test_a_rank_killed_at_any_moment(script: Script, tmp_path: Path, finish: Cal
     finish()
 
 
-def test_stopped_by_signals_at_any_moment(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
+@pytest.mark.slow
+def test_stopped_by_signals_at_any_moment(command: list[str], tmp_path: Path, finish: Callable[[], Any]) -> None:
     chance = random.Random(1)
-    command = [*script("train.py", *OPTIONS), "ckpt_path=last"]
     for attempt in range(KILLS):
-        run = Disturbed(command, tmp_path)
+        run = Disturbed([*command, "ckpt_path=last"], tmp_path)
         ranks = run.reach(("in a step", "in a save", "in a step")[attempt % 3], chance.random())
         for pid in chance.choice((ranks, ranks[:1], ranks[1:])):
             with contextlib.suppress(ProcessLookupError):
@@ -131,9 +137,10 @@ def test_stopped_by_signals_at_any_moment(script: Script, tmp_path: Path, finish
     finish()
 
 
-def test_one_rank_cannot_write(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
+@pytest.mark.slow
+def test_one_rank_cannot_write(command: list[str], tmp_path: Path, finish: Callable[[], Any]) -> None:
     """Its files may no longer grow (as with a full disk or quota): all ranks stop with one line, nothing is damaged."""
-    run = Disturbed([*script("train.py", *OPTIONS), "ckpt_path=last"], tmp_path)
+    run = Disturbed([*command, "ckpt_path=last"], tmp_path)
     ranks = run.reach("after a save", 0)
     resource.prlimit(ranks[1], resource.RLIMIT_FSIZE, (1000, 1000))
     assert run.ends(WITHIN_S) == 2, run.text
@@ -143,36 +150,36 @@ def test_one_rank_cannot_write(script: Script, tmp_path: Path, finish: Callable[
     finish()
 
 
+@pytest.mark.slow
 def test_one_byte_of_the_newest_has_changed(
     train_here: Callable[..., Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    train_here("trainer.max_steps=4", "optim.schedule=constant", run="cut")
-    newest = tmp_path / "cut" / "checkpoints" / "last-00000004.ckpt"
+    train_here("trainer.max_steps=4", "optim.schedule=constant", "callbacks.checkpoint.keep_best=0", run="cut")
+    newest = tmp_path / "cut" / "checkpoints" / "step-00000004.ckpt"
     file = newest / "optimizer-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
-    shutil.rmtree(newest.with_name("best-00000003.ckpt"))
     with caplog.at_level("INFO"):
         train_here("ckpt_path=last", "optim.schedule=constant", run="cut")
-    assert f"passed over: {newest}: damaged, {file.name} fails its checksum" in capsys.readouterr().err
-    assert f"going on from step 2 of {newest.with_name('last-00000002.ckpt')}" in caplog.text
+    assert f"skipped: {newest}: damaged, {file.name} fails its checksum" in capsys.readouterr().err
+    assert f"resuming from step 2 of {newest.with_name('step-00000002.ckpt')}" in caplog.text
     train_here("optim.schedule=constant", run="whole")
     assert differences(state(tmp_path / "cut"), state(tmp_path / "whole")) == []
 
 
-@pytest.mark.skipif(not TIMES, reason="mounts a file system")
-def test_a_full_disk(script: Script, tmp_path: Path, finish: Callable[[], Any]) -> None:
+@pytest.mark.slow  # mounts a file system
+def test_a_full_disk(command: list[str], tmp_path: Path, finish: Callable[[], Any]) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(logs)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
-        run = Disturbed([*script("train.py", *OPTIONS), "ckpt_path=last"], tmp_path)
+        run = Disturbed([*command, "ckpt_path=last"], tmp_path)
         run.reach("after a save", 0)
         filler = logs / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:

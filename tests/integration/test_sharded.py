@@ -14,17 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import compose_config
+from conftest import SUPPORT, compose_config
+from sharded_worker import AT
 from torch import Tensor
 
 from mvsplit.flow.objective import velocity_loss
-from mvsplit.stability.traces import read_table
+from mvsplit.stability.tables import read_table
 from mvsplit.utils.config import build, to_plain
 
-from .conftest import TIMES
-from .sharded_worker import AT
-
-WORKER = Path(__file__).with_name("sharded_worker.py")
+WORKER = SUPPORT / "sharded_worker.py"
 STEPS = 20
 SMALL = ["model=tiny", "model.depth=6", "data.batch_size=8", "data.num_workers=0", "trainer.accelerator=cpu",
          f"trainer.max_steps={STEPS}", "optim.warmup_steps=2", "residual.writer_init=standard",
@@ -104,7 +102,10 @@ def train_alone(module: Any, records: list[dict[str, Any]], accumulate: int) -> 
 
 @pytest.mark.parametrize(
     ("strategy", "every", "accumulate"),
-    [("deepspeed", 0, 1), ("deepspeed", 2, 2), ("fsdp", 2, 2), ("ddp", 0, 1)],
+    [
+        ("deepspeed", 2, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("deepspeed", 0, 1), ("fsdp", 2, 2), ("ddp", 0, 1))),
+    ],
 )
 def test_two_ranks_train_what_one_process_trains(worker: Worker, strategy: str, every: int, accumulate: int) -> None:
     options = [*SMALL, f"model.checkpointing.every={every}"]
@@ -134,6 +135,7 @@ DEEP = ["model=tiny", "model.depth=200", "model.width=64", "model.num_heads=4", 
         "optim.betas=[0.0,0.0]", "optim.eps=1", "optim.weight_decay=0"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["deepspeed", "fsdp", "ddp_sim"])
 def test_a_step_in_bf16_is_that_of_a_float32_process(worker: Worker, strategy: str) -> None:
     """200 blocks on two ranks in bf16-mixed: gradient and optimiser step of one float32 process with these weights.
@@ -176,13 +178,14 @@ WATCHED = [
     ["trainer=ddp"],
     ["trainer=fsdp", "model.checkpointing.every=1"],
     ["trainer=cpu", "model.checkpointing.every=2", "trainer.accumulate_grad_batches=2"],
-][: None if TIMES else 2]  # the others take long: MVSPLIT_FAULTS=1
+]
 
 
+@pytest.mark.slow
 def test_the_mean_mode_is_measured_alike(worker: Worker, tmp_path: Path) -> None:
     # All samples' attention is looked at, or it would be other samples that each process looks at.
-    watch = ["trainer.max_steps=5", "callbacks.stability.every=2", "callbacks.stability.blocks=3",
-             "callbacks.stability.watched=1", "callbacks.stability.attention_samples=8"]  # fmt: skip
+    watch = ["trainer.max_steps=5", "callbacks.monitor.probe.every=2", "callbacks.monitor.probe.blocks=3",
+             "callbacks.monitor.probe.watched=1", "callbacks.monitor.probe.attention_samples=8"]  # fmt: skip
     files = [tmp_path / "stability" / name for name in ("trace.csv", "depth.csv")]
     worker("watch", *SMALL, *watch, "trainer=cpu")
     plain = [read_table(file) for file in files]
@@ -195,6 +198,7 @@ def test_the_mean_mode_is_measured_alike(worker: Worker, tmp_path: Path) -> None
                 assert np.isfinite(column).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -219,6 +223,7 @@ def test_initial_weights_are_the_seeds_whatever_runs(worker: Worker, options: li
             assert bool((weight == weight.new_tensor(4**-0.5)).all()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
 def test_construction_holds_a_share_and_a_few_blocks(worker: Worker, strategy: str) -> None:
     depth, width = 64, 512

@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparison import differences, last, state, weights
 from conftest import compose_config
 from lightning import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
 import mvsplit.training.module as module_file
-from mvsplit.stability.traces import read_table
+from mvsplit.stability.tables import read_table
 from mvsplit.utils.errors import UserError
-
-from .conftest import differences, last, state, weights
 
 Train = Callable[..., tuple[dict[str, float], dict[str, Any]]]
 
@@ -33,10 +32,10 @@ def test_a_run_leaves_everything_behind(train_here: Train, tmp_path: Path) -> No
     for name in ("train/loss", "val/loss", "test/loss"):
         assert math.isfinite(metrics[name])
     assert metrics["val/loss"] == metrics["test/loss"]  # the averaged weights, the same samples, times and noise
-    names = {path.name for path in (run / "checkpoints").iterdir()}
-    assert {"last.ckpt", "last-00000006.ckpt"} <= names
-    assert any(name.startswith("best-") for name in names)
-    assert sorted(name for name in names if name.startswith("last-")) == ["last-00000004.ckpt", "last-00000006.ckpt"]
+    checkpoints = {path.name: path.resolve().name for path in (run / "checkpoints").iterdir()}
+    assert checkpoints.pop("last.ckpt") == "step-00000006.ckpt"
+    assert checkpoints.pop("best.ckpt") in checkpoints
+    assert {"step-00000004.ckpt", "step-00000006.ckpt"} <= set(checkpoints) <= {f"step-{n:08d}.ckpt" for n in (3, 4, 6)}
     assert {p.name for p in (run / "samples").iterdir()} == {"step_00000003.png", "step_00000006.png"}
     assert {p.name for p in (run / "stability").iterdir()} == {"trace.csv", "depth.csv", "time_probe.csv"}
     content = last(run)  # loads with tensors and plain containers only
@@ -46,12 +45,12 @@ def test_a_run_leaves_everything_behind(train_here: Train, tmp_path: Path) -> No
 
 
 def test_tensorboard_shows_what_it_should(train_here: Train, tmp_path: Path) -> None:
-    metrics, _ = train_here("callbacks.stability.every=2", "callbacks.stability_board.images_every=2")
+    metrics, _ = train_here("callbacks.monitor.probe.every=2", "callbacks.monitor.board.images_every=2")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     tags = set(events.Tags()["scalars"])
     expected = {"train/loss", "train/lr", "train/grad_norm", "val/loss", "test/loss", "time/images_per_s",
                 "time/steps_per_s", "time/data_wait_share", "memory/host_peak_gib", "val/loss_t_0.00-0.25",
-                "val/loss_t_0.75-1.00", "hparam/val/loss"}  # fmt: skip
+                "val/loss_t_0.75-1.00"}  # fmt: skip
     assert expected <= tags
     assert any(tag.startswith("train/loss_t_") for tag in tags)
     assert [e.step for e in events.Scalars("train/loss")] == list(range(6))
@@ -71,12 +70,10 @@ def test_tensorboard_shows_what_it_should(train_here: Train, tmp_path: Path) -> 
     assert "config/text_summary" in events.Tags()["tensors"]
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "max_steps: 6" in text
-    rows = [f for f in (tmp_path / "run" / "tensorboard").rglob("events.*")]
-    assert any(b"session_start_info" in f.read_bytes() for f in rows)  # the HParams row
 
 
 def test_a_resumed_run_has_one_row_for_each_step(train_here: Train, tmp_path: Path) -> None:
-    options = ["callbacks.stability.every=2", "callbacks.last.every_n_steps=2"]
+    options = ["callbacks.monitor.probe.every=2", "callbacks.checkpoint.every_n_steps=2"]
     train_here(*options, run="whole")
     train_here(*options, "trainer.max_steps=3", "test=false", run="cut")
     train_here(*options, "ckpt_path=last", run="cut")
@@ -108,6 +105,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(train_here: Train
     assert differences(weights(tmp_path / "a"), weights(tmp_path / "c")) != []
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_give_the_same_weights(train_here: Train, tmp_path: Path) -> None:
     train_here(run="whole")
     train_here("trainer.accumulate_grad_batches=4", "trainer.val_check_interval=12", run="parts")
@@ -130,8 +128,10 @@ class Stop(Callback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("step", [0, 2, 3, 4])  # 2: right after a save; 3: right after a validation
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "step", [pytest.param(0, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow)]
+)  # 2: right after a save; 3: right after a validation
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_at_any_step_and_resumed_is_uninterrupted(
     train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, accumulate: int
 ) -> None:
@@ -148,6 +148,7 @@ def test_stopped_at_any_step_and_resumed_is_uninterrupted(
     assert differences(state(tmp_path / "whole"), state(tmp_path / "cut")) == []
 
 
+@pytest.mark.slow
 def test_a_network_with_dropout_resumes_to_the_bit(
     train_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,9 +183,9 @@ def test_a_non_finite_loss_stops_before_the_step(
         return plain(network, x0 * factor, *arguments)  # the measures of the backward pass meet it first
 
     monkeypatch.setattr(module_file, "velocity_loss", poisoned)
-    with pytest.raises(UserError, match=r"not finite at step 3 .* no step was taken"):
-        train_here("callbacks.last.every_n_steps=1", "callbacks.stability.every=1")
-    report = json.loads((tmp_path / "run" / "nonfinite_step_3_rank_0.json").read_text())
+    with pytest.raises(UserError, match=r"not finite at step 3 .* the step was not taken"):
+        train_here("callbacks.checkpoint.every_n_steps=1", "callbacks.monitor.probe.every=1")
+    report = json.loads((tmp_path / "run" / "stability" / "nonfinite_step_3_rank_0.json").read_text())
     assert report["loss"] == "nan"
     assert report["positions"] == list(range(24, 32))
     content = state(tmp_path / "run")
@@ -192,8 +193,8 @@ def test_a_non_finite_loss_stops_before_the_step(
     assert all(w.isfinite().all() for w in content["tensors"]["weights"].values())
     # Going on from there without the fault ends where a run without it ends.
     monkeypatch.setattr(module_file, "velocity_loss", plain)
-    train_here("callbacks.last.every_n_steps=1", "ckpt_path=last")
-    train_here("callbacks.last.every_n_steps=1", run="whole")
+    train_here("callbacks.checkpoint.every_n_steps=1", "ckpt_path=last")
+    train_here("callbacks.checkpoint.every_n_steps=1", run="whole")
     assert differences(state(tmp_path / "run"), state(tmp_path / "whole")) == []
 
 
@@ -208,6 +209,7 @@ def test_debug_modes(train_here: Train, tmp_path: Path, mode: str) -> None:
         assert trainer.num_val_batches == [2]
 
 
+@pytest.mark.slow
 def test_debug_overfit_learns_its_samples_by_heart(train_here: Train) -> None:
     options = ["debug=overfit", "optim.warmup_steps=10", "trainer.val_check_interval=150", "trainer.max_steps=150"]
     _, objects = train_here(*options, "trainer.fast_dev_run=true", run="short")
@@ -223,7 +225,7 @@ def test_debug_overfit_learns_its_samples_by_heart(train_here: Train) -> None:
         ("data.batch_size=16", r"data\.batch_size = 16: the checkpoint was trained with 8"),
         ("seed=3", r"data\.seed = 3: the checkpoint was trained with 0"),
         ("model.depth=5", r"another network; the checkpoint has no 'network\.blocks\.4"),
-        ("data.overfit_samples=20", "not the samples that the checkpoint was trained on"),
+        ("data.overfit_samples=20", "the checkpoint was trained on other samples"),
     ],
 )
 def test_resuming_something_else_is_refused(train_here: Train, override: str, message: str) -> None:
@@ -250,6 +252,7 @@ def test_sampling_and_judging_a_checkpoint(train_here: Train, tmp_path: Path, da
         return compose_config(
             f"ckpt_path={tmp_path}/run/checkpoints/last.ckpt",
             f"paths.output_dir={tmp_path / name}",
+            f"paths.log_dir={tmp_path}",
             "sampler.steps=2",
             *overrides,
             name="sample.yaml" if name.startswith("s") else "eval.yaml",
@@ -271,7 +274,7 @@ def test_sampling_and_judging_a_checkpoint(train_here: Train, tmp_path: Path, da
     assert judged["eval/classifier_accuracy"] > 0.97
     assert 0 <= judged["eval/recognised"] <= 1
     assert json.loads((tmp_path / "e" / "metrics.json").read_text())["step"] == 6
-    with pytest.raises(UserError, match=r"classes = 12: the network knows 0 … 9"):
+    with pytest.raises(UserError, match=r"classes = 12: must be in 0 … 9, the classes of the network"):
         sample_script.sample(outputs("s_bad", "classes=[12]"))
 
 
@@ -288,7 +291,7 @@ def test_callbacks_and_loggers_switched_off(train_here: Train, tmp_path: Path) -
     from hydra import compose, initialize_config_dir
 
     import train
-    from mvsplit.utils.runs import PROJECT_ROOT
+    from mvsplit.utils.run_dirs import PROJECT_ROOT
 
     with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT_ROOT / "configs")):
         cfg = compose("train.yaml", ["~callbacks", "~logger", "model=tiny", "trainer.max_steps=2",
@@ -313,7 +316,7 @@ def test_a_changed_learning_rate_holds_after_a_resume(train_here: Train) -> None
 
 
 def test_two_processes_cannot_train_in_one_folder(train_here: Train, tmp_path: Path) -> None:
-    from mvsplit.training.run import locked
+    from mvsplit.training.session import locked
 
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run"), pytest.raises(UserError, match="another process is training in this folder"):
@@ -333,7 +336,7 @@ def test_a_config_beside_a_checkpoint_cannot_run_code(train_here: Train, tmp_pat
     plain = file.read_text()
     poison = '${oc.create:"{_target_: pathlib.Path.touch, self: ' + str(canary) + '}"}'
     attacks = {
-        "interpolation": plain.replace("folder: ", f"folder: '{poison}' # ", 1),
+        "interpolation": plain.replace("rope_theta: ", f"rope_theta: '{poison}' # "),
         "target": plain.replace("mvsplit.models.dit.DiT", "os.system"),
         "python object": "!!python/object/apply:os.system [touch " + str(canary) + "]",
         "no yaml": "{",

@@ -1,39 +1,56 @@
 """Every config composes, is accepted and builds; every mistake is told in one line."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import compose_config
+from data_tools import image_folder
 from lightning import Trainer
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 import encode
-from mvsplit.training import run
-from mvsplit.utils.config import EXTERNAL, build, build_each, check_config, to_plain
+import eval as evaluation
+from mvsplit.flow.sampler import Sampler
+from mvsplit.training import session, settings
+from mvsplit.utils.config import EXTERNAL, NOT_SUPPORTED, build, build_each, check_config, to_plain
 from mvsplit.utils.entry import plain_overrides
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.runs import PROJECT_ROOT
+from mvsplit.utils.run_dirs import PROJECT_ROOT
 
 CONFIGS = PROJECT_ROOT / "configs"
 GROUPS = [g.name for g in sorted(CONFIGS.iterdir()) if g.is_dir() and g.name not in ("hydra", "local", "paths")]
-OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
+OPTIONS = [
+    (group, file.stem) for group in GROUPS if group != "study" for file in sorted((CONFIGS / group).glob("*.yaml"))
+]
+EVALUATED = ("features", "protocol")
+"""Groups of `eval.yaml`."""
 ENCODED = {"autoencoder", "data"}
 """Groups of encode.yaml."""
 
 
 def checked(*overrides: str) -> dict[str, Any]:
     config = to_plain(compose_config("paths.output_dir=/nowhere", *overrides))
-    check_config(config, run.TrainConfig)
-    run.check_together(config)
+    check_config(config, settings.TrainConfig)
+    settings.check_together(config)
     return config
+
+
+def there(option: str, folder: Path) -> list[str]:
+    """The folder of pictures that this option reads while it is composed."""
+    if option != "image_folder":
+        return []
+    image_folder(folder, ("ant", "bee"), (32, 32))
+    return [f"data.folder={folder}"]
 
 
 def test_all_groups_of_the_design_are_there() -> None:
     expected = {"data", "model", "residual", "flow", "sampler", "optim", "trainer", "callbacks", "logger", "experiment",
-                "debug", "hparams_search", "extras", "autoencoder"}  # fmt: skip
+                "module", "debug", "hparams_search", "extras", "autoencoder", "features", "protocol",
+                "study"}  # fmt: skip
     assert set(GROUPS) == expected
     named = {group: {option for g, option in OPTIONS if g == group} for group in GROUPS}
     assert named["trainer"] >= {"default", "cpu", "gpu", "ddp", "ddp_sim", "fsdp", "deepspeed", "deepspeed_offload"}
@@ -41,12 +58,12 @@ def test_all_groups_of_the_design_are_there() -> None:
     assert named["logger"] >= {"tensorboard", "csv", "many_loggers"}
 
 
-@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] != "autoencoder"])
-def test_every_config_composes_and_builds(group: str, option: str) -> None:
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] not in (*EVALUATED, "autoencoder")])
+def test_every_config_composes_and_builds(group: str, option: str, tmp_path: Path) -> None:
     # Hydra's own settings in debug and hparams_search are for its launcher and are not composed here.
     # The networks of width 1024 are for pictures of 256 × 256.
     large = ["data=imagenet_images"] if option.startswith("layers_") else []
-    config = checked(f"{group}={option}", *large)
+    config = checked(f"{group}={option}", *large, *there(option, tmp_path))
     for name in ("data", "residual", "flow", "sampler", "optim"):
         assert build(config[name]) is not None
     build(config["module"])
@@ -67,8 +84,9 @@ def test_every_config_composes_and_builds(group: str, option: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in ENCODED])
-def test_every_config_of_encode_composes_and_builds(group: str, option: str) -> None:
-    config = to_plain(compose_config("paths.output_dir=/nowhere", f"{group}={option}", name="encode.yaml"))
+def test_every_config_of_encode_composes_and_builds(group: str, option: str, tmp_path: Path) -> None:
+    overrides = [f"{group}={option}", *there(option, tmp_path)]
+    config = to_plain(compose_config("paths.output_dir=/nowhere", *overrides, name="encode.yaml"))
     check_config(config, encode.EncodeConfig)
     assert build(config["data"]) is not None
     if config["autoencoder"]["_target_"].endswith("Diffusers"):  # these must be fetched
@@ -76,6 +94,18 @@ def test_every_config_of_encode_composes_and_builds(group: str, option: str) -> 
     images = torch.zeros(1, 3, 8, 8)
     autoencoder = build(config["autoencoder"])
     assert autoencoder.decode(autoencoder.encode(images)[0]).shape == images.shape
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in EVALUATED])
+def test_every_config_of_eval_composes_and_checks(group: str, option: str) -> None:
+    """The networks must be fetched: their classes are tried in `test_feature_networks.py`."""
+    overrides = ["paths.output_dir=/nowhere", f"{group}={option}"]
+    config = evaluation.checked(compose_config(*overrides, name="eval.yaml"))
+    assert isinstance(build(config["sampler"]), Sampler)
+    if group == "features":
+        assert config["features"].keys() == {"_target_", "weights", "sha256"}
+        in_training = checked(f"features@callbacks.metrics.features={option}", "callbacks=metrics")
+        assert in_training["callbacks"]["metrics"]["features"] == config["features"]
 
 
 def test_every_context_composes_and_builds(tmp_path: Path) -> None:
@@ -100,6 +130,7 @@ def test_groups_can_be_switched_off(group: str) -> None:
 def test_null_switches_a_group_off_on_the_command_line() -> None:
     argv = ["train.py", "logger=null", "debug=null", "ckpt_path=null", "trainer=cpu"]
     assert plain_overrides(argv) == ["train.py", "~logger", "ckpt_path=null", "trainer=cpu"]
+    assert plain_overrides(["eval.py", "features=null", "protocol=null", "autoencoder=null"]) == ["eval.py"]
 
 
 def test_braces_are_typed_as_they_are_or_refused() -> None:
@@ -123,51 +154,54 @@ def test_every_yaml_key_has_a_comment_or_says_itself() -> None:
     [
         (["model.depth=0"], "model.depth = 0: must be greater than 0"),
         (["model.depth=-3"], "model.depth = -3: must be greater than 0"),
-        (["model.depth=2.5"], "model.depth = 2.5: must be a integer"),
+        (["model.depth=2.5"], "model.depth = 2.5: must be an integer"),
         (["model.width=66"], "model.width = 66: must be divisible by model.num_heads = 4"),
         (["model.num_heads=32"], "width / num_heads = 2 must be divisible by 4"),
         (["model.patch_size=3"], "model.patch_size = 3: must divide the image size [8, 8]"),
         (["data.image_size=[8,9]"], "must divide the image size [8, 9]"),
         (["data.image_size=[8]"], "data.image_size = [8]: "),
-        (["residual.mean_update=leky"], "residual.mean_update = 'leky': allowed are 'leaky', 'plain' or 'none'"),
-        (["residual.beta_init=big"], "residual.beta_init = 'big': must be a number or allowed are 'auto'"),
-        (["+residual.gamma=1"], "residual.gamma = 1: unknown key; allowed are "),
+        (["residual.mean_update=leky"], "residual.mean_update = 'leky': must be 'leaky', 'plain' or 'none'"),
+        (["residual.beta_init=big"], "residual.beta_init = 'big': must be a number or 'auto'"),
+        (["+residual.gamma=1"], "residual.gamma = 1: unknown key; allowed: "),
         (["+model.deptth=1"], "did you mean depth?"),
         (["model.checkpointing.every=-1"], "model.checkpointing.every = -1: must be"),
-        (["model.checkpointing.every=often"], "must be a integer or allowed are 'auto'"),
+        (["model.checkpointing.every=often"], "must be an integer or 'auto'"),
         (["model.checkpointing.every=2", "model.checkpointing.fraction=0"], "fraction = 0: must be greater than 0"),
-        (["model.checkpointing.budget_gib=2"], "model.checkpointing.budget_gib = 2: only for every=auto"),
-        (["model.checkpointing.offload=true"], "offload = True: every = 0 recomputes nothing"),
+        (["model.checkpointing.budget_gib=2"], "model.checkpointing.budget_gib = 2: only allowed with every=auto"),
+        (["model.checkpointing.offload=true"], "offload = True: nothing to offload, since every = 0"),
         (["optim.lr=0"], "optim.lr = 0: must be greater than 0"),
-        (["optim.schedule=linear"], "optim.schedule = 'linear': allowed are 'constant' or 'cosine'"),
+        (["optim.schedule=linear"], "optim.schedule = 'linear': must be 'constant' or 'cosine'"),
         (["optim.betas=[0.9,1.0]"], "optim.betas = [0.9, 1.0]: must be less than 1"),
         (["flow.label_dropout=1.5"], "flow.label_dropout = 1.5: must be less than or equal to 1"),
-        (["flow.times=uniform"], "flow.times = 'uniform': a node with a _target_ is needed"),
-        (["sampler.solver=rk4"], "sampler.solver = 'rk4': allowed are 'euler', 'heun' or 'multistep'"),
+        (["flow.times=uniform"], "flow.times = 'uniform': must be a node with a _target_"),
+        (["sampler.solver=rk4"], "sampler.solver = 'rk4': must be 'euler', 'heun' or 'multistep'"),
         (["sampler.steps=0"], "sampler.steps = 0: must be greater than 0"),
-        (["data.channels=2"], "data.channels = 2: allowed are 1 (grey) and 3 (RGB)"),
+        (["data.channels=2"], "data.channels = 2: must be 1 (grey) or 3 (RGB)"),
         (["data.batch_size=???"], "data.batch_size"),
         (["seed=-1"], "seed = -1: must be greater than or equal to 0"),
         (["seed=one"], "seed = 'one': "),
         (["trainer.max_steps=-1"], "trainer.max_steps = -1: must be greater than 0"),
-        (["+trainer.max_epochs=3"], "trainer.max_epochs = 3: not supported, use trainer.max_steps"),
+        (["+trainer.max_epochs=3"], "trainer.max_epochs = 3: not supported, since runs are counted in"),
         (["trainer.devices=3"], "data.batch_size = 32: must be divisible by"),
         (["trainer.accumulate_grad_batches=5"], "data.batch_size = 32: must be divisible by"),
         (["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches = 0: must be greater than 0"),
         (["trainer.accumulate_grad_batches=4", "trainer.val_check_interval=6"], "must be divisible by"),
-        (["trainer.devices=abc"], "trainer.devices = 'abc'"),
+        (["trainer.devices=abc"], "trainer.devices = 'abc': must be an integer, a list or 'auto'"),
+        (["trainer.devices=0"], "trainer.devices = 0: must be greater than 0, a list or 'auto'"),
+        (["trainer.precision=fp8"], "trainer.precision = fp8: must be one of 32-true, bf16-mixed, "),
+        (["trainer.precision=fp16"], "trainer.precision = fp16: must be one of 32-true, bf16-mixed, "),
         (["optim.lr=inf"], "optim.lr = inf: must be a finite number"),
         (["seed=9223372036854775808"], "seed = 9223372036854775808: must be less than"),
         (["sampler.cfg_interval=[0.8,0.2]"], "low must not exceed high"),
-        (["~model.depth"], "model.depth: missing, DiT needs it"),
-        (["+residual.depth=3"], "residual.depth = 3: comes from the network"),
+        (["~model.depth"], "model.depth: missing; DiT needs it"),
+        (["+residual.depth=3"], "residual.depth = 3: supplied by the network"),
         (["+extras.foo=1"], "extras.foo: unknown key"),
         (["extras.print_config=abc"], "extras.print_config = 'abc': must be a boolean"),
-        (["flow._target_=mvsplit.training.run.save_config"], "allowed are"),
+        (["flow._target_=mvsplit.training.session.save_config"], "must be a class of"),
         (["flow._target_=mvsplit.data.digits.write_digits"], "is a function"),
         (["+surprise=1"], "surprise: unknown key"),
         (["callbacks.ema.decay=1.0"], "callbacks.ema.decay = 1.0: must be less than 1"),
-        (["model._target_=os.system"], "model._target_ = os.system: allowed are"),
+        (["model._target_=os.system"], "model._target_ = os.system: must be"),
         (["model._target_=mvsplit.training.checkpoints.torch"], "model._target_"),
         (["model._target_=mvsplit.models.dit.checkpoint"], "model._target_"),
         (["model._target_=mvsplit.models.dit.Missing"], "not found"),
@@ -180,22 +214,30 @@ def test_mistakes_are_told_in_one_line(overrides: list[str], message: str) -> No
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+@pytest.mark.parametrize("key", NOT_SUPPORTED)
+def test_what_lightning_has_and_runs_do_not_is_told_alike(key: str, plus: str) -> None:
+    (override,) = plain_overrides([f"{plus}{key}=3"])
+    with pytest.raises(UserError, match=rf"^{key} = 3: not supported, .* use {NOT_SUPPORTED[key]}$"):
+        checked(override)
+
+
 @pytest.mark.parametrize(
     "target", ["torch.load", "torch.hub.load", "webdataset.WebDataset", "builtins.eval", "subprocess.run", "os.system"]
 )
 def test_targets_outside_the_list_are_refused(target: str) -> None:
     config = checked()
     config["callbacks"]["evil"] = {"_target_": target}
-    with pytest.raises(UserError, match="allowed are"):
-        check_config(config, run.TrainConfig)
+    with pytest.raises(UserError, match="must be a class of"):
+        check_config(config, settings.TrainConfig)
 
 
 def test_an_interpolation_cannot_stand_in_a_resolved_config() -> None:
     """Else it would be resolved while building, into a node that was never checked."""
     config = checked()
     config["data"]["folder"] = '${oc.create:"{_target_: os.system, command: true}"}'
-    with pytest.raises(UserError, match=r"data\.folder = .*an interpolation cannot stand here"):
-        check_config(config, run.TrainConfig)
+    with pytest.raises(UserError, match=r"data\.folder = .*an interpolation is not allowed here"):
+        check_config(config, settings.TrainConfig)
 
 
 def test_allowed_external_targets_exist() -> None:
@@ -213,7 +255,7 @@ def test_without_a_gpu_the_same_command_takes_cpu_processes(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert (trainer()["devices"], trainer()["precision"]) == (2, "32-true")
     with pytest.raises(UserError, match="this machine has no usable GPU"):
-        run.check_machine(checked(f"trainer={name}", "trainer.accelerator=gpu"))
+        settings.check_machine(checked(f"trainer={name}", "trainer.accelerator=gpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert (trainer()["devices"], trainer()["precision"]) == (8, "bf16-mixed")
@@ -221,13 +263,21 @@ def test_without_a_gpu_the_same_command_takes_cpu_processes(monkeypatch: pytest.
     assert (forced["devices"], forced["precision"]) == (2, "32-true")
 
 
+def test_without_an_apple_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = checked("trainer=mps")
+    assert (config["trainer"]["devices"], config["trainer"]["precision"]) == (1, "32-true")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^trainer\.accelerator = mps: this machine has no Apple GPU"):
+        settings.check_machine(config)
+
+
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        (["offload_optimizer=disk"], "allowed are 'none', 'cpu' or 'nvme'"),
-        (["offload_optimizer=nvme"], "nvme_path = null: a folder on a local disk is needed"),
-        (["nvme_path=/disk"], "nvme_path = /disk: nothing goes there"),
-        (["offload_parameters=cpu"], "offload_optimizer = cpu or nvme is needed with it"),
+        (["offload_optimizer=disk"], "must be 'none', 'cpu' or 'nvme'"),
+        (["offload_optimizer=nvme"], "nvme_path = null: must be a folder on a local disk"),
+        (["nvme_path=/disk"], "nvme_path = /disk: unused"),
+        (["offload_parameters=cpu"], "also set offload_optimizer to cpu or nvme"),
         (["offload_optimizer=cpu", "offload_parameters=nvme", "nvme_path=/disk"], "would keep the larger part"),
     ],
 )
@@ -253,7 +303,7 @@ def test_places_to_offload_to_must_go_together(places: list[str], message: str) 
 def test_precisions_that_nothing_is_trained_in(precision: str, trainer: str, allowed: str) -> None:
     with pytest.raises(UserError) as caught:
         checked(f"trainer={trainer}", f"trainer.precision={precision}")
-    assert str(caught.value) == f"trainer.precision = {precision}: allowed with this strategy are {allowed}"
+    assert str(caught.value) == f"trainer.precision = {precision}: must be one of {allowed} with this strategy"
 
 
 PAPER_400L, PAPER_1000L = ["experiment=imagenet256_400l"], ["experiment=imagenet256_1000l"]
@@ -297,5 +347,26 @@ def test_seed_zero_is_a_seed() -> None:
 
 def test_resolved_config_survives_its_file(tmp_path: Path) -> None:
     config = checked()
-    run.save_config(config, tmp_path)
+    session.save_config(config, tmp_path)
     assert OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("task", "choice", "message"),
+    [
+        (["data.batch_size=4", "residual=rezero"], "rezero", r"^residual = rezero: model MLP takes no residual$"),
+        (["residual=mvsplit"], "mvsplit", r"^residual = mvsplit: model MLP takes no residual$"),
+        (["++residual.beta_init=1"], "mvsplit", r"^residual\.beta_init = 1: model MLP takes no residual$"),
+        (["experiment=mine"], "rezero", r"^residual = rezero: model MLP takes no residual$"),
+    ],
+)
+def test_a_residual_that_goes_nowhere_is_refused(task: list[str], choice: str, message: str) -> None:
+    hydra: Any = SimpleNamespace(overrides=SimpleNamespace(task=task), runtime=SimpleNamespace(choices={}))
+    hydra.runtime.choices["residual"] = choice
+    config = to_plain(compose_config("paths.output_dir=/nowhere", f"residual={choice}"))
+    settings.check_used(config, settings.chosen_parts(hydra))  # the DiT takes it
+    config["module"]["network"] = config["model"] = {"_target_": "mvsplit.models.mlp.MLP", "width": 4}
+    with pytest.raises(UserError, match=message):
+        settings.check_used(config, settings.chosen_parts(hydra))
+    hydra.overrides.task, hydra.runtime.choices["residual"] = ["data.batch_size=4"], "mvsplit"
+    settings.check_used(config, settings.chosen_parts(hydra))  # nobody chose it

@@ -8,15 +8,15 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from mvsplit.callbacks.monitor import StepMonitor
 from mvsplit.callbacks.sample_grid import SampleGrid
-from mvsplit.callbacks.stability import StabilityProbe
 from mvsplit.callbacks.throughput import Throughput
 from mvsplit.flow.objective import Flow
 from mvsplit.flow.sampler import Sampler
-from mvsplit.stability.taps import Taps
 from mvsplit.training.module import FlowModule
 from mvsplit.training.optim import AdamW
-from mvsplit.training.strategies import ZeRO3
+from mvsplit.training.strategies import FSDP2, ZeRO3, _refusing_scalars
+from mvsplit.utils.errors import UserError
 
 META = torch.device("meta")
 
@@ -52,7 +52,8 @@ def test_the_device_peak_is_that_of_the_strategys_device(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 30)
     for device, peak in ((torch.device("cuda", 0), 3.0), (torch.device("cpu"), None)):
         trainer = trainer_on(device, global_step=1, log_every_n_steps=1, accumulate_grad_batches=1, world_size=1,
-                             loggers=[], callback_metrics={})  # fmt: skip
+                             loggers=[], callback_metrics={},
+                             fit_loop=SimpleNamespace(_should_accumulate=lambda: False))  # fmt: skip
         callback, module, batch = Throughput(), LightningModule(), {"image": torch.zeros(2, 1)}
         callback.on_train_batch_start(trainer, module, batch, 0)  # type: ignore[arg-type]
         callback.on_train_batch_end(trainer, module, None, batch, 0)  # type: ignore[arg-type]
@@ -60,11 +61,10 @@ def test_the_device_peak_is_that_of_the_strategys_device(monkeypatch: pytest.Mon
     assert len(waits) == 1
 
 
-def test_the_probe_adds_losses_up_on_the_strategys_device() -> None:
-    probe = StabilityProbe("nowhere", every=0)
-    probe._taps, probe._micro_batches, probe.watched, probe.blocks = Taps(None), 0, [], []
-    probe.on_train_batch_start(trainer_on(META, global_step=0), LightningModule(), None, 0)  # type: ignore[arg-type]
-    assert probe._loss.device == META
+def test_losses_are_added_up_on_the_strategys_device() -> None:
+    monitor = StepMonitor("nowhere")
+    monitor.on_train_start(trainer_on(META, is_global_zero=False), None)
+    assert monitor._loss.device == META
 
 
 def test_pictures_are_drawn_on_the_strategys_device() -> None:
@@ -88,3 +88,17 @@ def test_pictures_are_drawn_on_the_strategys_device() -> None:
     index = torch.arange(2, device=META)
     module.sample(index, index)
     assert drawn[0].device == META
+
+
+def test_fsdp2_refuses_a_weight_with_two_names() -> None:
+    network = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    network["b"].weight = network["a"].weight
+    with pytest.raises(
+        UserError, match=r"^model: 'a\.weight' and 'b\.weight' are the same weight, which FSDP2 cannot shard"
+    ):
+        FSDP2().shard(network)
+
+
+def test_sharded_strategies_refuse_a_parameter_without_dimensions() -> None:
+    with _refusing_scalars(), pytest.raises(UserError, match=r"^model: parameter 'gain' of Linear has no dimensions"):
+        nn.Linear(2, 2).gain = nn.Parameter(torch.tensor(1.0))

@@ -1,4 +1,4 @@
-"""Sets written anew: what is in them, what they were made from, and that they go on where they stopped."""
+"""Encoded sets: their contents, their sources, and that encoding resumes where it stopped."""
 
 import hashlib
 import io
@@ -20,17 +20,21 @@ import webdataset as wds
 from conftest import compose_config
 from filelock import FileLock
 from PIL import Image
+from small_autoencoders import OPTION, SIZES, saved_autoencoder
 from torchvision.io import encode_jpeg, encode_png
 
 import encode
 from mvsplit.data.autoencoders import Diffusers, Identity, Tiny
 from mvsplit.data.datamodule import ShardDataModule
+from mvsplit.data.formats import Latents
 from mvsplit.data.index import read_index
-from mvsplit.data.shards import write_shard
+from mvsplit.data.shard_encoder import ShardEncoder
+from mvsplit.data.shard_writer import write_shard
 from mvsplit.utils import console
 from mvsplit.utils.config import build, to_plain
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.images import to_uint8
+from mvsplit.utils.rng import Stream, normal
 
 LATENTS = ["kind=latents", "autoencoder=tiny"]
 Encode = Callable[..., Path]
@@ -69,7 +73,7 @@ def manifest(folder: Path, name: str = "train") -> dict[str, Any]:
 
 
 def source(folder: Path, damaged: tuple[int, ...] = (), count: int = 12, captions: bool = False) -> Path:
-    """Pictures of 8 × 8 in two shards and as many for validation; the damaged have a PNG's header and no more."""
+    """Images of 8 × 8 in two shards, and the same number for validation; damaged ones consist of a PNG's header."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for name in ("train", "val"):
@@ -114,7 +118,7 @@ def test_pictures_read_with_tarfile_and_with_plain_webdataset(encode_here: Encod
         assert torch.equal(torch.from_numpy(np.array(Image.open(io.BytesIO(sample["png"])))), image[0])
 
 
-def test_index_and_manifest_tell_what_is_there(encode_here: Encode, data_dir: Path) -> None:
+def test_index_and_manifest_describe_the_set(encode_here: Encode, data_dir: Path) -> None:
     out = encode_here()
     content = manifest(out)
     assert {k: content[k] for k in ("version", "kind", "split", "samples", "shape", "left_out", "encoder")} == {
@@ -161,7 +165,7 @@ def test_other_formats(encode_here: Encode, data_dir: Path, image_format: str, t
     assert manifest(out, "val")["settings"]["quality"] == 95
 
 
-def test_captions_go_along(encode_here: Encode, tmp_path: Path) -> None:
+def test_captions_are_copied(encode_here: Encode, tmp_path: Path) -> None:
     out = encode_here(*of(source(tmp_path / "source", captions=True)))
     data = read_back(out, *of(out))
     assert [data.reader("train")[i, i]["caption"] for i in (0, 11)] == ["picture 0", "picture 11"]
@@ -250,10 +254,10 @@ def test_a_channel_that_never_varies_can_be_divided_by(encode_here: Encode, tmp_
     assert (content["channel_mean"], content["channel_std"]) == ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
 
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- resuming
 
 
-def test_what_is_there_is_kept_and_what_is_missing_made_again(encode_here: Encode) -> None:
+def test_existing_shards_are_kept_and_missing_ones_encoded_again(encode_here: Encode) -> None:
     out = encode_here(*LATENTS)
     whole = files(out)
     times = {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
@@ -262,21 +266,28 @@ def test_what_is_there_is_kept_and_what_is_missing_made_again(encode_here: Encod
     (out / ".encode" / "val-000000.tar.json").write_text("{")  # killed between shard and record
     (out / "train.manifest.json").unlink()
     (out / "train-000003.tar.77.partial").write_bytes(b"half")
+    strangers = ("thesis.partial", "train-000003.tar.partial", ".encode/mine.json.7.partial")
+    theirs = {name: out / name for name in strangers}
+    for path in theirs.values():
+        path.write_bytes(b"somebody's")
     assert encode_here(*LATENTS) == out
+    for path in theirs.values():
+        assert path.read_bytes() == b"somebody's"
+        path.unlink()
     assert files(out) == whole
     kept = {p.name for p in out.glob("*.tar") if p.stat().st_mtime_ns == times[p.name]}
     assert kept == {"train-000000.tar", "train-000003.tar"}
 
 
-def test_an_unfinished_set_is_not_taken_for_a_whole_one(encode_here: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = encode.encode_sets.__globals__["Maker"].make
+def test_an_unfinished_set_is_refused(encode_here: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_shard = ShardEncoder.encode
 
-    def fail_at_the_third(self: Any, task: tuple[str, int], tell: Any) -> None:
+    def fail_at_the_third(self: Any, task: tuple[str, int], report: Any) -> None:
         if task == ("train", 2):
             raise KeyboardInterrupt
-        made(self, task, tell)
+        encode_shard(self, task, report)
 
-    monkeypatch.setattr("mvsplit.data.encode.Maker.make", fail_at_the_third)
+    monkeypatch.setattr("mvsplit.data.shard_encoder.ShardEncoder.encode", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         encode_here(*LATENTS, output="part")
     monkeypatch.undo()
@@ -292,7 +303,7 @@ def test_an_unfinished_set_is_not_taken_for_a_whole_one(encode_here: Encode, mon
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["shard_size=100"], "holds shards with shard_size = 400, not 100"),
+        (["shard_size=100"], "contains shards with shard_size = 400, not 100"),
         (["batch_size=8"], "batch_size = 32, not 8"),
         (["flip=false"], "flip = True, not False"),
         (["autoencoder.seed=1"], "autoencoder.seed = 0, not 1"),
@@ -304,7 +315,7 @@ def test_an_unfinished_set_is_not_taken_for_a_whole_one(encode_here: Encode, mon
 )
 def test_other_settings_are_refused(encode_here: Encode, overrides: list[str], message: str) -> None:
     before = files(out := encode_here(*LATENTS, "splits=[train]"))
-    with pytest.raises(UserError, match=r"^output = .*: another folder is needed.*$") as caught:
+    with pytest.raises(UserError, match=r"^output = .*: choose another folder.*$") as caught:
         encode_here(*LATENTS, "splits=[train]", *overrides)
     assert message in str(caught.value)
     assert files(out) == before
@@ -323,7 +334,7 @@ def test_two_at_once_are_refused(encode_here: Encode, tmp_path: Path) -> None:
     (tmp_path / "out" / ".encode").mkdir(parents=True)
     with (
         FileLock(tmp_path / "out" / ".encode" / "lock"),
-        pytest.raises(UserError, match=r"output = .*: another process writes there"),
+        pytest.raises(UserError, match=r"output = .*: another process is writing there"),
     ):
         encode_here()
 
@@ -333,18 +344,18 @@ def test_two_at_once_are_refused(encode_here: Encode, tmp_path: Path) -> None:
 
 def test_a_damaged_sample_stops_the_work_by_default(encode_here: Encode, tmp_path: Path) -> None:
     folder = source(tmp_path / "source", damaged=(7,))
-    with pytest.raises(UserError, match=r"^[^\n]*train-000001\.tar: sample 7 \('0007'\)[^\n]*does not decode[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*train-000001\.tar: sample 7 \('0007'\)[^\n]*cannot be decoded[^\n]*$"):
         encode_here(*of(folder), "shard_size=4")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.tar")) == ["train-000000.tar"]  # none with a hole
-    # Told to bear it, the same command goes on.
+    # With substitutes allowed, the same command continues.
     out = encode_here(*of(folder), "shard_size=4", "data.faults.action=substitute", "data.faults.max_rate=0.1")
     assert manifest(out)["samples"] == 11
 
 
 def test_a_damaged_sample_is_left_out_where_that_is_allowed(encode_here: Encode, tmp_path: Path) -> None:
     folder = source(tmp_path / "source", damaged=(2, 7))
-    bear = ["data.faults.action=substitute", "shard_size=4"]
-    out = encode_here(*of(folder), *bear, "data.faults.max_rate=0.2")
+    tolerant = ["data.faults.action=substitute", "shard_size=4"]
+    out = encode_here(*of(folder), *tolerant, "data.faults.max_rate=0.2")
     content = manifest(out)
     assert (content["samples"], content["left_out"]) == (10, {"undecodable": 2})
     assert [s["samples"] for s in content["shards"]] == [3, 3, 4]
@@ -352,28 +363,28 @@ def test_a_damaged_sample_is_left_out_where_that_is_allowed(encode_here: Encode,
     assert keys == [f"train{i:08d}" for i in range(12) if i not in (2, 7)]
     assert manifest(out, "val")["left_out"] == {}
     with pytest.raises(UserError, match=r"data\.faults\.max_rate = 0\.1: 2 of the 12 samples"):
-        encode_here(*of(folder), *bear, "data.faults.max_rate=0.1", output="strict")
+        encode_here(*of(folder), *tolerant, "data.faults.max_rate=0.1", output="strict")
     folder = source(tmp_path / "bad", damaged=tuple(range(4)))
-    with pytest.raises(UserError, match="holds no samples"):
-        encode_here(*of(folder), *bear, "data.faults.max_rate=1.0", output="none")
+    with pytest.raises(UserError, match="contains no samples"):
+        encode_here(*of(folder), *tolerant, "data.faults.max_rate=1.0", output="none")
 
 
 def test_sources_that_cannot_be_encoded(encode_here: Encode, data_dir: Path) -> None:
-    with pytest.raises(UserError, match="pictures behind an index are needed"):
+    with pytest.raises(UserError, match="must be indexed images"):
         encode_here("data.reader=webdataset")
     with pytest.raises(UserError, match=r"splits = \[\]"):
         encode_here("splits=[]")
-    with pytest.raises(UserError, match=r"image_format = 'gif': allowed are 'png', 'jpg' or 'webp'"):
+    with pytest.raises(UserError, match=r"image_format = 'gif': must be 'png', 'jpg' or 'webp'"):
         encode_here("image_format=gif")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="accelerator = gpu: this machine has none"):
+        with pytest.raises(UserError, match="accelerator = gpu: this machine has no GPU"):
             encode_here("accelerator=gpu")
 
 
-def test_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_shows_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now, said = [100.0], list[str]()
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(console, "say", said.append)
+    monkeypatch.setattr(console, "info", said.append)
     with console.progress("encoding", 1000, done=400) as advance:
         for count in (10, 10, 80):
             now[0] += 10
@@ -457,7 +468,7 @@ def test_missing_archives_are_named(encode_here: Encode, archives: Path, tmp_pat
 
 
 def test_a_folder_with_other_things_is_not_filled(encode_here: Encode, archives: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.folder = .*: holds other things"):
+    with pytest.raises(UserError, match=r"data\.folder = .*: contains files other than data"):
         encode_here("data=torchvision_imagenet", f"data.folder={archives}", f"data.prepare.archives={archives}")
 
 
@@ -475,16 +486,6 @@ def test_tiny_is_its_own_inverse_and_always_the_same() -> None:
     assert not torch.equal(Tiny(3, seed=6).encode(images)[0], mean)
 
 
-SMALL = {
-    "block_out_channels": (8, 8),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "latent_channels": 3,
-}
-
-
 def folded(latents: torch.Tensor) -> torch.Tensor:
     """As diffusers' `Flux2Pipeline._patchify_latents`: channel 4·c + 2·i + j holds rows i, i + 2, … and columns j, …"""
     parts = [latents[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
@@ -493,12 +494,8 @@ def folded(latents: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("model", "fold"), [("AutoencoderKL", 1), ("AutoencoderKLFlux2", 2)])
 def test_diffusers_autoencoders(encode_here: Encode, tmp_path: Path, model: str, fold: int) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    theirs = getattr(diffusers, model)(**SMALL).eval()
-    theirs.save_pretrained(tmp_path / "model" / "vae")
-    option = {"AutoencoderKL": "sd", "AutoencoderKLFlux2": "flux2"}[model]
-    chosen = [f"autoencoder={option}", f"autoencoder.path={tmp_path}/model", "autoencoder.subfolder=vae"]
+    theirs = saved_autoencoder(tmp_path / "model" / "vae", model)
+    chosen = [f"autoencoder={OPTION[model]}", f"autoencoder.path={tmp_path}/model", "autoencoder.subfolder=vae"]
     folder = source(tmp_path / "source")
     out = encode_here(*of(folder), "kind=latents", *chosen)
     channels, side = 3 * fold**2, 4 // fold
@@ -526,9 +523,56 @@ def test_diffusers_autoencoders(encode_here: Encode, tmp_path: Path, model: str,
         encode_here(*of(folder), "kind=latents", *chosen)
 
 
-def test_diffusers_mistakes_are_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_records_the_choice_of_normalisation_and_posterior(encode_here: Encode, tmp_path: Path) -> None:
+    folder = source(tmp_path / "source")
+    vae = saved_autoencoder(tmp_path / "model", "AutoencoderKLFlux2")
+    chosen = [*of(folder), "kind=latents", "autoencoder=flux2", f"autoencoder.path={tmp_path}/model",
+              "autoencoder.subfolder=null"]  # fmt: skip
+    out = encode_here(*chosen)
+    drawn = files(out)["train-000000.tar"]
+    assert manifest(out)["normalisation"] == {
+        "by": "set",
+        "mean": manifest(out)["channel_mean"],
+        "std": manifest(out)["channel_std"],
+    }
+    # Another normalisation changes the manifest, not the shards.
+    encode_here(*chosen, "normalisation=autoencoder")
+    assert files(out)["train-000000.tar"] == drawn
+    own = manifest(out)["normalisation"]
+    assert own["by"] == "autoencoder"
+    assert own["mean"] == vae.bn.running_mean.double().tolist()
+    reader = latents_of(out, 12, 2)
+    batch = next(reader.batches("val"))
+    stored = reader.reader("val").read(0, 0, "data")
+    noise = normal(0, Stream.VAL_LATENT, torch.tensor([0]), (12, 2, 2))
+    z = stored["mean"].float() + stored["std"].float() * noise
+    std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+    expected = (z - vae.bn.running_mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    torch.testing.assert_close(batch["image"][:1], expected, atol=1e-5, rtol=1e-5)
+
+    with pytest.raises(UserError, match="posterior = None, not mean"):
+        encode_here(*chosen, "posterior=mean")
+    means = encode_here(*chosen, "posterior=mean", output="means")
+    assert manifest(means)["posterior"] == "mean"
+    assert len(files(means)["train-000000.tar"]) <= len(drawn)
+    only = latents_of(means, 12, 2)
+    form = only.format
+    assert isinstance(form, Latents)
+    assert form.space is not None
+    seen = next(only.batches("train"))
+    part = form.choose(seen["position"].tolist(), train=True)[0]
+    mean = only.reader("train").read(0, int(seen["index"][0]), part)["mean"].float()
+    torch.testing.assert_close(seen["image"][0], form.space.normalise(mean[None])[0])  # nothing is drawn
+
+
+def test_an_autoencoder_without_a_normalisation_of_its_own_is_refused(encode_here: Encode) -> None:
+    with pytest.raises(UserError, match="normalisation = autoencoder: Tiny has none; use set"):
+        encode_here(*LATENTS, "normalisation=autoencoder")
+
+
+def test_diffusers_mistakes_are_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     diffusers = pytest.importorskip("diffusers")
-    model = diffusers.AutoencoderKL(**SMALL)
+    model = diffusers.AutoencoderKL(**SIZES)
     with pytest.raises(UserError, match=r"^autoencoder\.path = [^\n]*$"):
         Diffusers(str(tmp_path))
     model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
@@ -536,11 +580,11 @@ def test_diffusers_mistakes_are_told_in_one_line(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match=r"^autoencoder\.path = [^\n]*safetensors[^\n]*$"):
         Diffusers(str(tmp_path / "pickled"))
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"data\.channels = 1: .* encodes 3"):
+    with pytest.raises(UserError, match=r"data\.channels = 1: must be 3 for "):
         Diffusers(str(tmp_path / "model")).encode(torch.zeros(1, 1, 8, 8))
-    diffusers.AutoencoderKLFlux2(**SMALL).save_pretrained(tmp_path / "flux")
+    diffusers.AutoencoderKLFlux2(**SIZES).save_pretrained(tmp_path / "flux")
     with pytest.raises(UserError, match=r"data\.image_size = \[6, 8\]: .* divisible by 2"):
         Diffusers(str(tmp_path / "flux"), "AutoencoderKLFlux2").encode(torch.zeros(1, 3, 6, 8))
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match=r"pip install 'mvsplit\[latents\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[latents\]'"):
         Diffusers(str(tmp_path / "model"))

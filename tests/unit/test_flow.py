@@ -7,10 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvsplit.flow.guidance import guided_velocity
 from mvsplit.flow.objective import Flow, interpolate, velocity_loss
-from mvsplit.flow.sampler import Sampler, sample_noise
-from mvsplit.flow.solvers import SOLVERS
+from mvsplit.flow.sampler import SOLVERS, Sampler, guided_velocity, sample_noise
 from mvsplit.flow.times import LogitNormal, time_grid, time_shift
 from mvsplit.models.conditioning import ClassTokens
 from mvsplit.models.dit import DiT
@@ -102,7 +100,7 @@ def test_guidance_formula_and_interval() -> None:
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
-def test_pictures_do_not_depend_on_the_batch(solver: str) -> None:
+def test_images_do_not_depend_on_the_batch(solver: str) -> None:
     net, sampler = network().float(), Sampler(solver=solver, steps=4, cfg_scale=2.0)  # type: ignore[arg-type]
     index, classes = torch.arange(8), torch.arange(8) % 4
 
@@ -110,7 +108,7 @@ def test_pictures_do_not_depend_on_the_batch(solver: str) -> None:
         pairs = zip(index.split(batch), classes.split(batch), strict=True)
         return torch.cat([sampler.sample(net, c, sample_noise(5, i, (1, 4, 4)), time_shift=2.0) for i, c in pairs])
 
-    pictures = {batch: draw(batch) for batch in (1, 3, 8)}
+    images = {batch: draw(batch) for batch in (1, 3, 8)}
     for batch in (1, 3):
         # The noise is the same to the bit; matrix products of other sizes may round differently.
-        torch.testing.assert_close(pictures[batch], pictures[8], rtol=0, atol=2e-6)
+        torch.testing.assert_close(images[batch], images[8], rtol=0, atol=2e-6)

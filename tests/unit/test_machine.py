@@ -81,10 +81,17 @@ def test_building_the_network_keeps_the_generators_of_the_device_in_use(
     [
         (["gcc", "g++"], {}, {}),
         (["clang", "clang++"], {}, {}),
-        ([], {}, {True: "a C compiler, and there is no gcc or clang;", False: "a C++ compiler"}),
-        (["g++"], {}, {True: "a C compiler, and there is no gcc or clang;"}),
-        (["gcc"], {}, {False: "a C++ compiler"}),
-        (["gcc", "g++"], {"CC": "nvc"}, {True: "a C compiler, and there is no nvc;"}),
+        (
+            [],
+            {},
+            {
+                True: "gcc or clang; use false without a compiler",
+                False: "needs c++ or g++ or clang++; use false",
+            },
+        ),
+        (["g++"], {}, {True: "gcc or clang; use false without a compiler"}),
+        (["gcc"], {}, {False: "needs c++ or g++ or clang++; use false"}),
+        (["gcc", "g++"], {"CC": "nvc"}, {True: "needs nvc;"}),
         (["nvc", "nvc++"], {"CC": "nvc", "CXX": "nvc++"}, {}),
     ],
 )
@@ -109,7 +116,7 @@ def test_what_compiling_needs_is_named(
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    message = missing.get(has_gpu) or (None if header else f"Python's headers .* there is no {tmp_path}/Python.h;")
+    message = missing.get(has_gpu) or (None if header else f"needs {tmp_path}/Python.h .*; use false")
     with nullcontext() if message is None else pytest.raises(ValueError, match=message.replace("+", r"\+")):
         DiT.check([8, 8], 2, 16, 2, compile=True)
     DiT.check([8, 8], 2, 16, 2, compile=False)

@@ -12,14 +12,16 @@ from device_tools import Copies
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mvsplit.callbacks.stability import spread_evenly, watched_blocks
+from mvsplit.benchmarks.model_stats import LiveBytes
+from mvsplit.callbacks.stability_probe import spread_evenly, watched_blocks
 from mvsplit.models.conditioning import ClassTokens
 from mvsplit.models.dit import DiT
 from mvsplit.models.recompute import Checkpointing
 from mvsplit.models.residuals import MVSplit, PostNorm, PreNorm
 from mvsplit.stability import measures
+from mvsplit.stability.tables import TableWriter
 from mvsplit.stability.taps import Taps
-from mvsplit.stability.traces import TableWriter
+from mvsplit.training import gradients
 
 B, T, D, K = 3, 5, 4, 6
 
@@ -113,6 +115,7 @@ def test_the_spectral_norm_of_nothing_is_zero_and_of_nan_is_nan() -> None:
     assert measures.mu_eff(torch.full((1, 1, T, T), math.nan)).isnan()
 
 
+@pytest.mark.apart
 def test_attention_is_measured_without_waiting_for_the_device() -> None:
     with FakeTensorMode():
         q, k, v = (torch.zeros(2, 3, T, 4, device="cuda") for _ in range(3))
@@ -148,16 +151,16 @@ def test_amplification_law() -> None:
         gradient = sum(torch.outer(delta[b, t], y[b, t]) for t in range(T))
         own = sum(delta[b, t].square().sum() * y[b, t].square().sum() for t in range(T))
         factors.append((gradient.square().sum() / own).item())
-    assert found.factor.item() == pytest.approx(sum(factors) / B, rel=1e-10)
+    assert found["amplification"].item() == pytest.approx(sum(factors) / B, rel=1e-10)
     # With equal magnitudes A − 1 = (T − 1)·κ̂ exactly.
     unit_y, unit_delta = (torch.nn.functional.normalize(v, dim=-1) for v in (y, delta))
     equal = measures.amplification(3 * unit_y, 1e-12 * unit_delta)
-    assert equal.factor.item() - 1 == pytest.approx(equal.alignment.item(), rel=1e-9)
+    assert equal["amplification"].item() - 1 == pytest.approx(equal["alignment"].item(), rel=1e-9)
     aligned = measures.amplification(y[:, :1].expand(-1, T, -1), delta[:, :1].expand(-1, T, -1))
-    assert aligned.factor.item() == pytest.approx(T)  # the bound
-    assert aligned.alignment.item() == pytest.approx(T - 1)
+    assert aligned["amplification"].item() == pytest.approx(T)  # the bound
+    assert aligned["alignment"].item() == pytest.approx(T - 1)
     nothing = measures.amplification(y, torch.zeros_like(delta))
-    assert (nothing.factor.item(), nothing.alignment.item()) == (1, 0)
+    assert (nothing["amplification"].item(), nothing["alignment"].item()) == (1, 0)
 
 
 def test_time_probe_reads_what_is_linear_and_not_what_is_not_there() -> None:
@@ -221,7 +224,7 @@ def test_taps_see_what_explicit_sums_see_also_when_recomputed(residual: Any, eve
         torch.testing.assert_close(parts, total, rtol=1e-10, atol=1e-14)
         writer = {"attention": watched.blocks[4].attention.proj, "ffn": watched.blocks[4].ffn.w2}[branch]
         torch.testing.assert_close(parts, writer.weight.grad, rtol=1e-10, atol=1e-14)
-        table = taps.read(micro_batches=1)
+        table = taps.read()
         assert table[4][f"g_mean_{branch}"] == pytest.approx(mean, rel=1e-10)
         assert table[4][f"g_ctr_{branch}"] == pytest.approx(centred, rel=1e-10)
     assert set(table) == {2, 4}
@@ -234,7 +237,7 @@ def test_taps_see_what_explicit_sums_see_also_when_recomputed(residual: Any, eve
     assert all(math.isfinite(value) for value in table[4].values())
     # Nothing is left behind, and nothing more is measured.
     backward(watched)
-    assert taps.read(micro_batches=1) == table
+    assert taps.read() == table
 
 
 def test_micro_batches_are_averaged_and_their_gradients_added_up() -> None:
@@ -242,12 +245,12 @@ def test_micro_batches_are_averaged_and_their_gradients_added_up() -> None:
     taps = Taps(net)
     taps.attach(cheap=[5])
     backward(net)
-    once = taps.read(1)[5]
+    once = taps.read()[5]
     once |= {name: 2 * value for name, value in once.items() if name.startswith("g_")}
     taps.attach(cheap=[5])
     backward(net)
     backward(net)
-    twice = taps.read(2)[5]
+    twice = taps.read()[5]
     assert twice == pytest.approx(once, rel=1e-12)
 
 
@@ -267,3 +270,115 @@ def test_a_table_drops_what_comes_again(tmp_path: Path) -> None:
     table.append([{"step": 2, "loss": math.nan, "other": 1.0}, {"step": 10**7, "loss": math.inf}])
     table.close()
     assert path.read_text().split() == ["step,loss", "0,0", "1,0.3333333", "2,", "10000000,inf"]
+
+
+def test_a_frozen_matrix_of_queries_has_no_gradient_to_measure() -> None:
+    net = network(MVSplit)
+    net.blocks[1].attention.qkv.weight.requires_grad_(False)
+    backward(net)
+    weights = [block.attention.qkv.weight for block in net.blocks]
+    rows = {number: (weight, 0, 16) for number, weight in enumerate(weights)}
+    expected = {number: weights[number].grad[:16].norm().item() for number in (0, 2, 3, 4, 5)}
+    assert gradients.row_norms(net, rows) == pytest.approx(expected, rel=1e-12)
+    assert gradients.row_norms(net, {1: rows[1]}) == {}
+
+
+class Twice(torch.nn.Module):
+    """A block that is used twice, one that returns feature maps, one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Unflatten(1, (1, 5)), torch.nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](self.blocks[0](self.blocks[0](x)))
+
+
+def test_a_block_is_measured_by_its_calls_if_it_gives_tokens() -> None:
+    net, x = Twice().double(), draw(B, T, D)
+    taps = Taps(net)
+    taps.attach([], range(3))
+    net(x).square().sum().backward()
+    once = net.blocks[0](x)
+    expected = [(f(once) + f(net.blocks[0](once))).item() / 2 for f in (measures.rho, measures.token_cosine)]
+    table = taps.read()
+    assert set(table) == {0}
+    assert [table[0]["rho"], table[0]["token_cosine"]] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("blocks", [None, 3, "layers", [1, 2]])
+def test_what_is_not_a_sequence_of_modules_is_not_watched(blocks: Any) -> None:
+    net = torch.nn.Linear(2, 2)
+    net.blocks = blocks
+    taps = Taps(net)
+    taps.attach(watched_blocks(len(taps.blocks), 3), spread_evenly(len(taps.blocks), 25))
+    net(torch.zeros(1, 2)).sum().backward()
+    assert (taps.blocks, taps.read()) == ([], {})
+
+
+def test_measures_take_bounded_memory_at_16384_tokens() -> None:
+    """At width 1024; in float32 the attention matrices of two samples with two heads each alone are 4 GiB."""
+    with FakeTensorMode():
+        q, k, v = (torch.zeros(2, 2, 16384, 64, dtype=torch.bfloat16) for _ in range(3))
+        x, y = torch.zeros(4, 16384, 1024), torch.zeros(4, 16384, 3072, dtype=torch.bfloat16)
+        calls: dict[str, Callable[[], Any]] = {
+            "attention": lambda: measures.attention(q, k, v),
+            "attention, 4096 tokens": lambda: measures.attention(q[:, :, :4096], k[:, :, :4096], v[:, :, :4096]),
+            "writer_split": lambda: measures.writer_split(y, x),
+            "amplification": lambda: measures.amplification(y, x),
+            "rho": lambda: measures.rho(x),
+            "token_cosine": lambda: measures.token_cosine(x),
+            "var_gain": lambda: measures.var_gain(x, x),
+            "tr_ratio": lambda: measures.tr_ratio(x, x),
+        }
+        peaks = {}
+        for name, call in calls.items():
+            with LiveBytes((q, k, v, x, y)) as live:
+                call()
+            peaks[name] = live.peak / 2**20
+    assert {name: peak for name, peak in peaks.items() if peak > 520} == {}  # MiB
+
+
+def test_measures_in_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (draw(3, 2, T, 3, seed=i) for i in range(3))
+    x, update, y = draw(B, T, D), draw(B, T, D, seed=1), draw(B, T, K, seed=2)
+
+    def everything() -> dict[str, Any]:
+        found = measures.amplification(y, x)
+        mean, centred = measures.writer_split(y, x)
+        scalars = {f.__name__: f(x, update) for f in (measures.var_gain, measures.tr_ratio)}
+        scalars |= {f.__name__: f(x) for f in (measures.rho, measures.token_cosine)}
+        return scalars | measures.attention(q, k, v) | found | {"mean": mean, "centred": centred}
+
+    whole = everything()
+    assert set(whole) > {"mu_eff", "retention", "row_diversity"}
+    for most in (1, 2 * T, 2 * T * T):  # one sample or head at a time, then some of them
+        monkeypatch.setattr(measures, "AT_ONCE", most)
+        for name, value in everything().items():
+            torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-14)
+    monkeypatch.setattr(measures, "MOST_TOKENS", T - 1)  # rows of a matrix one after the other
+    rows = everything()
+    assert "mu_eff" not in rows
+    for name, value in rows.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-14)
+
+
+def test_alike_rows_of_long_attention_keep_their_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (draw(1, 1, 64, 4, seed=i).float() for i in range(3))
+    exact = measures.attention(1e-4 * q.double(), k.double(), v.double())
+    monkeypatch.setattr(measures, "MOST_TOKENS", 1)
+    monkeypatch.setattr(measures, "AT_ONCE", 640)
+    found = measures.attention(1e-4 * q, k, v)
+    for name in ("retention", "row_diversity"):
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=2e-3, atol=0)
+
+
+def test_attention_measures_of_half_precision_are_computed_in_float32() -> None:
+    a, v = attention_like("random").bfloat16(), draw(1, 3, 64, 4).bfloat16()
+    for found, same in (
+        (measures.mu_eff(a), measures.mu_eff(a.float())),
+        (measures.row_diversity(a), measures.row_diversity(a.float())),
+        (measures.retention(a, v), measures.retention(a.float(), v.float())),
+    ):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, same)

@@ -11,11 +11,14 @@ from conftest import compose_config
 import bench
 from mvsplit.benchmarks import memory
 from mvsplit.benchmarks.memory import GIB
-from mvsplit.benchmarks.plan import largest, largest_batch, largest_depth, plan, read_job
-from mvsplit.benchmarks.sizes import Activations, measure_activations
+from mvsplit.benchmarks.model_stats import Activations, measure_activations
+from mvsplit.benchmarks.plan import largest, largest_fitting, plan, read_planned_run
 from mvsplit.models.recompute import Schedule
+from mvsplit.utils import config as checks
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.errors import UserError
+
+pytestmark = pytest.mark.apart  # plans for GPUs are measured on fake ones
 
 PAPER = ["data=imagenet_latents", "model.patch_size=1", "model/context=sample_embeddings", "callbacks.sample_grid=null"]
 CPU = ["data=digits", "model=digits", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
@@ -28,7 +31,7 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 
 MADE = Activations(block=20_000, trunk=1_000, around=500, working=4_000, casts=0)
-"""Round numbers in the place of measured ones."""
+"""Round numbers instead of measured ones."""
 
 
 @pytest.mark.parametrize(
@@ -38,28 +41,28 @@ MADE = Activations(block=20_000, trunk=1_000, around=500, working=4_000, casts=0
 def test_the_papers_states_on_8_16_and_64_gpus(depth: int, parameters: int, gib: tuple[float, ...]) -> None:
     """22 bytes per parameter and GPU's share: 2 in bf16, 4 of gradients, 4 + 8 of the optimiser, 4 of the average."""
     config = composed(*PAPER, f"model=layers_{depth}")
-    job = read_job(config)
-    assert job.sizes.total == parameters
-    assert job.sizes.block == 13 * 1024**2 + 4 * 1024
+    run = read_planned_run(config)
+    assert run.stats.total == parameters
+    assert run.stats.block == 13 * 1024**2 + 4 * 1024
     for gpus, expected in zip((8, 16, 64), gib, strict=True):
-        planned = plan(job.at(world=gpus), MADE)
+        planned = plan(run.at(world=gpus), MADE)
         assert planned.states == pytest.approx(22 * parameters / gpus, rel=1e-6)
         assert planned.states / GIB == pytest.approx(expected, abs=0.005)
     other = 1400 - depth
-    assert job.at(depth=other).sizes.total == {400: 13_635_847_296, 1000: 5_454_496_896}[depth]
+    assert run.at(depth=other).stats.total == {400: 13_635_847_296, 1000: 5_454_496_896}[depth]
 
 
 def test_the_table_of_other_sizes() -> None:
-    """The more GPUs, the more of each is left; recomputing makes room for many times the batch."""
-    job = read_job(composed(*PAPER, "model=layers_400"))
-    rows = list(memory.table_rows(job, {"gpus": [8, 64], "depths": [400, 1000]}, 72 * GIB))
+    """The more GPUs, the more memory is left on each; recomputing makes room for many times the batch."""
+    run = read_planned_run(composed(*PAPER, "model=layers_400"))
+    rows = list(memory.table_rows(run, {"gpus": [8, 64], "depths": [400, 1000]}, 72 * GIB))
     assert [row["states_gib"] for row in rows] == pytest.approx([13.97, 1.75, 34.92, 4.37], abs=0.005)
     assert [row["left_gib"] for row in rows] == pytest.approx([58.03, 70.25, 37.08, 67.63], abs=0.005)
     kept, recomputed = ([row[key] for row in rows] for key in ("batch_keeping_all", "batch"))
     assert kept[2] < kept[0] < kept[1] < 20
     assert recomputed[2] < recomputed[0] < recomputed[1]
     assert all(many > 30 * few for few, many in zip(kept, recomputed, strict=True))
-    least = replace(job, model=job.model | {"checkpointing": job.model["checkpointing"] | memory.AUTO})
+    least = replace(run, model=run.model | {"checkpointing": run.model["checkpointing"] | memory.AUTO})
     for row in rows:
         at = least.at(depth=row["depth"], world=row["gpus"])
         assert plan(at.at(batch=row["batch"])).total <= 72 * GIB < plan(at.at(batch=row["batch"] + 1)).total
@@ -79,33 +82,33 @@ def test_the_table_of_other_sizes() -> None:
     ids=str,
 )
 def test_bytes_per_parameter(overrides: list[str], states: float, step: float) -> None:
-    job = read_job(composed("data=digits", "model=digits", *overrides))
-    planned = plan(job, MADE)
-    assert planned.states == pytest.approx(states * job.sizes.total, rel=1e-5)
-    assert planned.step == pytest.approx(step * job.sizes.total, rel=1e-5)
+    run = read_planned_run(composed("data=digits", "model=digits", *overrides))
+    planned = plan(run, MADE)
+    assert planned.states == pytest.approx(states * run.stats.total, rel=1e-5)
+    assert planned.step == pytest.approx(step * run.stats.total, rel=1e-5)
 
 
 def test_offloaded_states_are_in_host_memory() -> None:
-    job = read_job(composed("data=digits", "model=digits", "trainer=deepspeed_offload", "trainer.devices=2"))
-    planned = plan(job, MADE)
+    run = read_planned_run(composed("data=digits", "model=digits", "trainer=deepspeed_offload", "trainer.devices=2"))
+    planned = plan(run, MADE)
     assert planned.states == planned.step == 0
-    assert planned.host == pytest.approx(22 * job.sizes.total / 2, rel=1e-5)
+    assert planned.host == pytest.approx(22 * run.stats.total / 2, rel=1e-5)
 
 
 def test_the_worst_moment_by_hand() -> None:
     """64 blocks on one process: every activation and the gradients of the step before, at the end of the forward."""
-    job = read_job(composed("data=digits", "model=digits", "trainer=cpu"))
-    states = 20 * job.sizes.total
-    planned = plan(job, MADE)
-    assert planned.total == states + max(64 * 20_000 + 500, 4 * job.sizes.total)
+    run = read_planned_run(composed("data=digits", "model=digits", "trainer=cpu"))
+    states = 20 * run.stats.total
+    planned = plan(run, MADE)
+    assert planned.total == states + max(64 * 20_000 + 500, 4 * run.stats.total)
     assert planned.moment == "optimiser step"  # these activations are small
     assert planned.activations == 64 * 20_000 + 500
     recomputed = ["model.checkpointing.every=8", "trainer.accumulate_grad_batches=2"]
-    planned = plan(read_job(composed("data=digits", "model=digits", "trainer=cpu", *recomputed)), MADE)
+    planned = plan(read_planned_run(composed("data=digits", "model=digits", "trainer=cpu", *recomputed)), MADE)
     assert planned.schedule == Schedule(64, 8)
     assert planned.activations == 8 * 1_000 + 8 * 20_000 + 500
     offloaded = ["trainer=gpu", "model.checkpointing.every=8", "model.checkpointing.offload=true"]
-    planned = plan(read_job(composed("data=digits", "model=digits", *offloaded)), MADE)
+    planned = plan(read_planned_run(composed("data=digits", "model=digits", *offloaded)), MADE)
     assert (planned.activations, planned.host) == (8 * 20_000 + 500, 8 * 1_000)
 
 
@@ -130,23 +133,39 @@ def test_the_search_finds_the_largest() -> None:
     for limit in (0, 1, 2, 3, 7, 8, 9, 1000, 5000):
         assert largest(lambda n, limit=limit: n <= limit) == limit
     assert largest(lambda n: True, limit=300) == 300
-    job = read_job(composed("data=digits", "model=digits", "trainer=cpu"))
-    assert largest_depth(job, plan(job).total + 10) == 64
-    job = job.at(batch=4096)
-    assert largest_batch(job, plan(job).total) == 4096
+    run = read_planned_run(composed("data=digits", "model=digits", "trainer=cpu"))
+    assert largest_fitting("depth", run, plan(run).total + 10) == 64
+    run = run.at(batch=4096)
+    assert largest_fitting("batch", run, plan(run).total) == 4096
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer.devices=auto"], r"trainer\.devices = auto: the planner needs a number"),
-        (["trainer.strategy=fsdp"], r"trainer\.strategy = fsdp: the planner knows ZeRO3, FSDP2"),
-        (["trainer.precision=64-true"], r"trainer\.precision = 64-true: with this strategy the planner knows 32-true"),
+        (["trainer.devices=auto"], r"trainer\.devices = auto: the planner requires a number"),
+        (["trainer.strategy=fsdp"], r"trainer\.strategy = fsdp: must be one of ZeRO3, FSDP2"),
+        (["trainer.precision=64-true"], r"trainer\.precision = 64-true: must be one of 32-true"),
     ],
 )
-def test_what_cannot_be_planned_is_told(overrides: list[str], message: str) -> None:
+def test_what_cannot_be_planned_is_reported(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_job(composed("data=digits", "model=digits", "trainer=cpu", *overrides))
+        read_planned_run(composed("data=digits", "model=digits", "trainer=cpu", *overrides))
+
+
+def test_a_network_of_another_kind_is_planned_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "PACKAGES", (*checks.PACKAGES, "networks."))
+    config = composed(*CPU, "trainer=cpu")
+    sizes = {"_partial_": True, "image_size": [8, 8], "channels": 1, "num_classes": 10}
+    config["model"] = {"_target_": "networks.Pixels"} | sizes
+    with pytest.raises(UserError, match=r"^model = networks\.Pixels: cannot be planned; .* requires .*`depth`"):
+        read_planned_run(config)
+    config["model"] = {"_target_": "networks.Tokens", "depth": 5, "width": 8} | sizes
+    run = read_planned_run(config)
+    assert run.stats.block == 4 * 8 * 8 + 4 * 8 + 2 * 8 * 16 + 16 + 8 + 1
+    assert run.stats.writers == 8 * 16 + 8
+    planned = plan(run)
+    assert planned.parameters == 4 * run.stats.total
+    assert plan(run.at(depth=10)).activations > 1.5 * planned.activations > 0
 
 
 @pytest.mark.parametrize("wrong", ["device_gib=0", "usable=1.5", "table.gpus=[]", "measure=often"])
@@ -160,7 +179,7 @@ def test_an_experiments_groups_are_not_replaced_silently() -> None:
         runtime = SimpleNamespace(choices={"experiment": "imagenet256_400l"})
         overrides = SimpleNamespace(task=["experiment=imagenet256_400l", "model=layers_400"])
 
-    with pytest.raises(UserError, match=r"experiment = imagenet256_400l: .* give data=… trainer=… as well"):
+    with pytest.raises(UserError, match=r"experiment = imagenet256_400l: .* also pass data=… trainer=…"):
         bench.check_experiment(Hydra)
     Hydra.overrides.task += ["data=imagenet_latents", "trainer=deepspeed"]
     bench.check_experiment(Hydra)

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mvsplit.models.attention import Attention
+from mvsplit.models.attention import Attention, apply_rope, rope_table
 from mvsplit.models.conditioning import CaptionTable, ClassTokens, SampleEmbeddings
 from mvsplit.models.dit import DiT, patchify, unpatchify
 from mvsplit.models.layers import SwiGLU
-from mvsplit.models.residuals import MVSplit, PostNorm
-from mvsplit.models.rope import apply_rope, rope_table
+from mvsplit.models.norm_placements import SiameseNorm
+from mvsplit.models.residuals import MVSplit, PostNorm, Residual
 
 
 def rotate_slowly(x: list[float], row: int, column: int, theta: float = 10000.0) -> list[float]:
@@ -180,12 +180,14 @@ def test_sample_embeddings_run_through_the_network() -> None:
     assert network(torch.randn(2, 2, 4, 6), torch.rand(2), condition).shape == (2, 2, 4, 6)
 
 
-def test_a_compiled_block_computes_the_same_and_serves_all() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [MVSplit, SiameseNorm])
+def test_a_compiled_block_computes_the_same_and_serves_all(kind: type[Residual]) -> None:
     from torch._dynamo.utils import counters
 
     def network(compile: bool) -> DiT:
         torch.manual_seed(0)
-        residual = functools.partial(MVSplit, writer_init="standard")
+        residual = functools.partial(kind, writer_init="standard")
         context = functools.partial(ClassTokens, num_classes=3)
         net = DiT([4, 4], 1, 2, 12, 16, 2, context, residual, compile=compile)
         torch.nn.init.normal_(net.final_proj.weight)
@@ -201,3 +203,21 @@ def test_a_compiled_block_computes_the_same_and_serves_all() -> None:
     assert counters["stats"]["unique_graphs"] <= 2  # the first block's input is not like the others': a cat's result
     with torch.no_grad():
         torch.testing.assert_close(compiled(z, t, labels), plain(z, t, labels))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("embedding_width", [16, 8])
+def test_inputs_of_float64_leave_the_trunk_as_it_is(autocast: bool, embedding_width: int) -> None:
+    """Regression tasks and numpy give float64: as images and, also without a matrix behind it, as conditions."""
+    context = functools.partial(SampleEmbeddings, num_tokens=3, embedding_width=embedding_width)
+    network = DiT([4, 4], 1, 2, 2, 16, 2, context, functools.partial(MVSplit, writer_init="standard"))
+    torch.nn.init.normal_(network.final_proj.weight)
+    trunk: list[torch.dtype] = []
+    network.blocks[0].register_forward_pre_hook(lambda module, inputs: trunk.append(inputs[0].dtype))
+    z, condition, t = torch.randn(2, 1, 4, 4), torch.randn(2, 3, embedding_width), torch.rand(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = network(z, t, condition)
+        found = network(z.double(), t.double(), condition.double())
+    assert trunk == [torch.float32] * 2
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0)

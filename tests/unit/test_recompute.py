@@ -1,4 +1,4 @@
-"""Recomputed activations: the same gradients to the bit, as few blocks as a budget allows, no more memory than said."""
+"""Activation checkpointing: equal gradients to the bit, as few blocks as the budget allows, the announced peak."""
 
 import functools
 import logging
@@ -25,7 +25,7 @@ def network(residual: Any = MVSplit, depth: int = 9, width: int = 16, **checkpoi
     made = DiT([4, 6], 2, 2, depth, width, 2, context, residual, checkpointing=Checkpointing(**checkpointing))
     for parameter in made.parameters():
         if not parameter.any():
-            nn.init.normal_(parameter, std=0.2)  # what starts at zero would hide differences
+            nn.init.normal_(parameter, std=0.2)  # zeros would hide differences
     return made
 
 
@@ -179,10 +179,10 @@ def test_peaks_are_as_computed() -> None:
         assert budget - 2 * a < peak_of_a_step(made) < budget + 1.2 * a
 
 
-def test_parameters_and_what_all_share_do_not_count() -> None:
+def test_parameters_and_shared_tensors_are_not_counted() -> None:
     layer, x, shared = nn.Linear(8, 4), torch.randn(3, 8, requires_grad=True), torch.randn(4)
     result, kept = saved_bytes(lambda: layer(x) * shared, layer, (shared,))
-    assert kept == x.nbytes  # the product keeps `shared` alone, which is there anyway
+    assert kept == x.nbytes  # the product saves `shared` alone, which is not counted
     assert result.shape == (3, 4)
     _, kept = saved_bytes(lambda: layer(x) * shared, nn.Identity())
     assert kept == x.nbytes + layer.weight.nbytes + shared.nbytes
@@ -193,10 +193,10 @@ def test_only_kept_inputs_are_offloaded() -> None:
     here, there = network(every=3), network(every=3, offload=True)
     (_, kept), (_, left) = (saved_bytes(lambda m=m: m(z, torch.zeros(3), classes), m) for m in (here, there))
     trunk = 3 * 10 * 16 * 4
-    assert kept - left == 3 * trunk  # three groups' inputs are someone else's to keep
+    assert kept - left == 3 * trunk  # the inputs of three groups are offloaded
 
 
-def test_places_in_host_memory_are_used_again_and_waste_little() -> None:
+def test_buffers_in_host_memory_are_reused_and_waste_little() -> None:
     for size in (512, 1024, 68_157_440, 3 << 20, 1 << 30):
         chunk = chunk_size(size)
         assert chunk & (chunk - 1) == 0
@@ -205,7 +205,7 @@ def test_places_in_host_memory_are_used_again_and_waste_little() -> None:
     made = network(every=3, offload=True)
     host = made.checkpointing._host
     expected = gradients(network(every=3))
-    for _ in range(3):  # the second and third step find the places of the first, with other numbers in them
+    for _ in range(3):  # later steps reuse the buffers of the first, with other values in them
         found = gradients(made)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert {size: len(free) for size, free in host._free.items()} == {(2048, False): 3}  # one for each group
@@ -217,24 +217,24 @@ def test_places_in_host_memory_are_used_again_and_waste_little() -> None:
     assert len(host._free[2048, False]) == number + 3
 
 
-def test_a_budget_too_small_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_budget_that_is_too_small_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     made = network(every="auto", budget_gib=1e-6)
     for _ in range(2):
         gradients(made)
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2  # once
-    assert "of 9 blocks are recomputed, in groups of" in said[0]
-    assert "model.checkpointing.budget_gib = 1e-06: even the schedule of least memory needs" in said[1]
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(logged) == 2  # by the first step only
+    assert "of 9 blocks are recomputed, in groups of" in logged[0]
+    assert "model.checkpointing.budget_gib = 1e-06: the schedule with the lowest peak needs" in logged[1]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budget_gib": 2.0}, r"model\.checkpointing\.budget_gib = 2\.0: only for every=auto"),
-        ({"fraction": 0.5}, r"model\.checkpointing\.fraction = 0\.5: only for every=1, 2, …, and every = 0"),
-        ({"fraction": 0.5, "every": "auto"}, r"and every = auto"),
-        ({"offload": True}, r"model\.checkpointing\.offload = True: every = 0 recomputes nothing"),
+        ({"budget_gib": 2.0}, r"model\.checkpointing\.budget_gib = 2\.0: only allowed with every=auto"),
+        ({"fraction": 0.5}, r"model\.checkpointing\.fraction = 0\.5: only allowed with every=1, 2, …, but every = 0"),
+        ({"fraction": 0.5, "every": "auto"}, r"but every = auto"),
+        ({"offload": True}, r"model\.checkpointing\.offload = True: nothing to offload, since every = 0"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:

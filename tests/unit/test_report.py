@@ -1,4 +1,4 @@
-"""Reports on made-up runs with known numbers: groups, verdicts, what can be told apart, files."""
+"""Reports on made-up runs with known numbers: groups, verdicts, comparisons, files."""
 
 import json
 import re
@@ -13,15 +13,16 @@ import pytest
 import yaml
 from conftest import SRC
 from PIL import Image
+from stability_traces import CHARACTERS, Trace, collapse, dead, healthy, spike
 
 import report
-from mvsplit.stability import figures
-from mvsplit.stability.figures import fit_through_origin, heatmap_image, profile_image
-from mvsplit.stability.outcomes import comparisons, judge, told_apart
-from mvsplit.stability.report import cell, make_report
-from mvsplit.stability.runs import Group, Run, differences, find_groups, read_run
-from mvsplit.stability.traces import CHEAP, DEPTH, read_table
-from mvsplit.utils.entry import told
+from mvsplit.reports.report import cell, make_report
+from mvsplit.reports.run_discovery import Group, Run, differences, find_groups, read_run, thresholds_of
+from mvsplit.reports.verdicts import comparisons, p_value, replay, summarise, summarise_run
+from mvsplit.stability.plotting import fit_through_origin, heatmap_image, profile_image
+from mvsplit.stability.tables import CHEAP, DEPTH, read_table
+from mvsplit.stability.thresholds import Thresholds
+from mvsplit.utils.entry import report_user_errors
 from mvsplit.utils.errors import UserError
 
 PLANNED = 120
@@ -95,14 +96,14 @@ def test_runs_are_grouped_labelled_and_judged(tmp_path: Path) -> None:
         make_run(folder / f"{seed}", "PostNorm", seed, collapse=90 + seed * 4)
         make_run(folder / f"{seed + 2}", "MVSplit", seed, final=0.5 + 0.02 * seed)
         make_run(folder / f"{seed + 10}", "MVSplit", seed, final=0.8, optim={"lr": 1e-3, "warmup_steps": 30})
-    judged, step = judge(find_groups(folder).groups)
+    summaries, step = summarise(find_groups(folder)[0])
     assert step == PLANNED - 1
-    assert [j.group.label for j in judged] == [
+    assert [s.group.label for s in summaries] == [
         "residual=PostNorm optim.lr=0.004", "residual=MVSplit optim.lr=0.004", "residual=MVSplit optim.lr=0.001"
     ]  # fmt: skip
-    assert [j.group.seeds for j in judged] == [[0, 1]] * 3
-    assert [j.verdicts for j in judged] == ["2 of 2 collapsed", "2 of 2 alive", "2 of 2 alive"]
-    dead, alive = judged[0].outcomes[1], judged[1].outcomes[0]
+    assert [s.group.seeds for s in summaries] == [[0, 1]] * 3
+    assert [s.verdicts for s in summaries] == ["2 of 2 collapsed", "2 of 2 alive", "2 of 2 alive"]
+    dead, alive = summaries[0].runs[1], summaries[1].runs[0]
     assert 86 <= (dead.event or 0) <= 94
     assert dead.loss == pytest.approx(1.57, abs=0.01)
     assert dead.token_cosine == pytest.approx(0.9999)
@@ -117,7 +118,7 @@ def test_runs_are_grouped_labelled_and_judged(tmp_path: Path) -> None:
 def test_labels_by_own_tags_and_arguments_only_within_a_class(tmp_path: Path) -> None:
     make_run(tmp_path / "0", "PostNorm", tags=["lab", "baseline"])
     make_run(tmp_path / "1", "MVSplit", tags=["lab", "split"])
-    assert [group.label for group in find_groups(tmp_path).groups] == ["baseline", "split"]
+    assert [group.label for group in find_groups(tmp_path)[0]] == ["baseline", "split"]
     flats = [{"residual": "A", "residual.x": 1}, {"residual": "B", "residual.y": 2}, {"residual": "B", "residual.y": 3}]
     assert differences(flats) == ["residual=A", "residual=B residual.y=2", "residual=B residual.y=3"]
 
@@ -127,16 +128,61 @@ def test_labels_by_own_tags_and_arguments_only_within_a_class(tmp_path: Path) ->
     [
         ("not learning", lambda t: t["loss"].__imul__(0) + t["loss"].__iadd__(1.6)),
         ("unsteady", lambda t: t["loss"][60:80].__imul__(2)),
-        ("collapsed", lambda t: t["q_grad"][80:].__imul__(1e-6) + t["loss"][80:].__imul__(2)),  # tokens still differ
-        ("alive", lambda t: t["q_grad"][80:].__imul__(1e-6)),  # no gradient, but nothing lost
+        ("collapsing", lambda t: t["q_grad"][80:].__imul__(1e-6)),  # an onset; but tokens differ, so it is not dead
+        ("unsteady", lambda t: t["q_grad"][60:70].__imul__(1e-6)),  # an onset, then a recovery
         ("alive", lambda t: t["token_cosine"].fill(np.nan)),
     ],
 )
 def test_verdicts(tmp_path: Path, verdict: str, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
     run = read_run(make_run(tmp_path / "run"))
     change(run.trace)
-    (judged,), _ = judge([Group("run", [run])])
-    assert judged.outcomes[0].verdict == verdict
+    (summary,), _ = summarise([Group("run", [run])])
+    assert summary.runs[0].verdict == verdict
+
+
+def verdict_of(trace: Trace, **config: Any) -> tuple[str, int | None]:
+    """The report's verdict on a trace, and the step of the collapse."""
+    trace = {"k_grad": trace["q_grad"]} | trace
+    summary = summarise_run(Run(Path(), config, trace, thresholds=thresholds_of(config)), int(trace["step"][-1]))
+    return summary.verdict, summary.event
+
+
+def test_the_report_and_the_detector_agree_on_what_dies() -> None:
+    """As in the ablation: Post-Norm dies late, or from the start with standard writers; others live or do not learn."""
+    for seed, character in enumerate(CHARACTERS):
+        trace = healthy(seed, 460, **CHARACTERS[character])
+        assert verdict_of(trace)[0] == "alive", character
+        assert verdict_of(spike(trace, 400))[0] == "alive", character
+        collapsed = collapse(trace, 400, seed)
+        assert verdict_of(collapsed) == ("collapsed", 400)
+        assert next(e.step for e in replay(collapsed, Thresholds())[1] if e.kind == "onset") == 400
+    assert verdict_of(dead(0)) == ("collapsed", pytest.approx(12, abs=12))
+    assert verdict_of(healthy(0, 200, final=1.5)) == ("not learning", None)
+
+
+def test_the_verdict_follows_the_thresholds_of_the_runs_config() -> None:
+    trace = healthy(0, 460)
+    trace["token_cosine"][400:], trace["loss"][400:] = 0.97, 1.15
+    for node in (
+        {"monitor": {"thresholds": {"cosine_dead": 0.96, "patience": 20}}},
+        {"guard": {"_target_": "x", "cosine_dead": 0.96, "patience": 20, "action": "warn"}},
+    ):
+        assert thresholds_of({"callbacks": node}) == Thresholds(cosine_dead=0.96, patience=20)
+        assert verdict_of(trace, callbacks=node) == ("collapsed", 400)
+    for other in ({}, {"callbacks": None}, {"callbacks": {"guard": None, "monitor": "x"}}):
+        assert thresholds_of(other) == Thresholds()
+        assert verdict_of(trace, **other) == ("collapsing", 400)
+    for wrong in (-1, 0, True, "1", [1], 1.5, 10**7, float("nan")):
+        with pytest.raises(UserError, match=r"^detector threshold window = "):
+            thresholds_of({"callbacks": {"guard": {"window": wrong}}})
+
+
+def test_a_healthy_run_that_is_short_is_alive(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / str(seed), seed=seed, steps=12, trainer={"max_steps": 12})
+    summaries, _ = summarise(find_groups(tmp_path)[0])
+    assert summaries[0].verdicts == "2 of 2 alive"
+    assert comparisons(summaries) == []
 
 
 def test_steps_done_again_count_once_and_the_last_run_of_a_seed(tmp_path: Path) -> None:
@@ -145,34 +191,41 @@ def test_steps_done_again_count_once_and_the_last_run_of_a_seed(tmp_path: Path) 
     trace = tmp_path / "1" / "stability" / "trace.csv"
     lines = trace.read_text().splitlines()
     trace.write_text("\n".join([*lines[:61], *lines[41:], "7,0."]))  # a resume at step 40; a row half written
-    found = find_groups(tmp_path)
-    assert found.groups[0].runs[0].trace["step"].tolist() == list(range(PLANNED))
-    assert found.notes == ["0: left out, another run has its config and seed"]
+    groups, notes = find_groups(tmp_path)
+    assert groups[0].runs[0].trace["step"].tolist() == list(range(PLANNED))
+    assert notes == ["0: left out, another run has its config and seed"]
 
 
-def test_what_cannot_be_told_apart() -> None:
-    assert told_apart([0.50, 0.51, 0.52], [0.60, 0.61, 0.62])
-    assert not told_apart([0.50, 0.55, 0.60], [0.52, 0.57, 0.63])
+def test_the_p_value_is_that_of_welchs_test() -> None:
+    assert p_value([0.50, 0.51, 0.52], [0.60, 0.61, 0.62]) == pytest.approx(0.000254, rel=0.01)
+    assert p_value([0.50, 0.55, 0.60], [0.52, 0.57, 0.63]) == pytest.approx(0.61, abs=0.02)
+    assert p_value([0.5, 0.5], [0.5, 0.5]) == 1
+    assert p_value([0.5, 0.5], [0.6, 0.6]) == 0
 
 
-def test_sentences(tmp_path: Path) -> None:
+def test_comparisons(tmp_path: Path) -> None:
     for label, finals in {"a": (0.50, 0.55, 0.60), "b": (0.52, 0.57, 0.62), "c": (0.90, 0.91, 0.92)}.items():
         for seed, final in enumerate(finals):
             make_run(tmp_path / label / str(seed), seed=seed, final=final, tags=[label], data={"batch": label})
-    judged, _ = judge(find_groups(tmp_path).groups)
-    one, two = comparisons(judged)
-    assert one.startswith("a and b cannot be told apart within the seeds' spread (final loss 0.55")
-    assert two == "All other pairs of groups differ by more than the seeds' spread."
-    single = comparisons([judged[0], *judge([Group("d", judged[2].group.runs[:1])])[0]])
-    assert single == ["One living seed only: d; how they compare, nothing can be said."]
+    summaries, _ = summarise(find_groups(tmp_path)[0])
+    one, two = comparisons(summaries)
+    assert re.fullmatch(
+        r"No significant difference in final loss between a \(0\.55\d*\) and b \(0\.57\d*, p = 0\.6\d?\)\.", one
+    )
+    assert re.fullmatch(r"Significantly higher final loss than a \(0\.55\d*\): c \(0\.9\d*, p = 0\.00\d*\)\.", two)
+    single, _ = summarise([Group("d", summaries[2].group.runs[:1])])
+    assert comparisons([summaries[0], *single]) == ["Not tested, because only one run can be compared: d."]
+    make_run(tmp_path / "e" / "0", collapse=90, tags=["e"], data={"batch": "e"})
+    *_, last = comparisons(summarise(find_groups(tmp_path)[0])[0])
+    assert last == "Not compared: e (1 of 1 collapsed)."
 
 
 def test_fit_through_the_origin() -> None:
     x = np.array([1.0, 2.0, 3.0, np.nan])
-    assert fit_through_origin(x, 2 * x) == figures.Fit(2.0, 1.0, 3)
-    fit = fit_through_origin(np.array([1.0, 1.0, 2.0]), np.array([1.0, 3.0, 4.0]))
-    assert fit.slope == pytest.approx(2)
-    assert fit.r2 == pytest.approx(1 - 2 / (14 / 3))
+    assert fit_through_origin(x, 2 * x) == (2.0, 1.0, 3)
+    slope, r2, _ = fit_through_origin(np.array([1.0, 1.0, 2.0]), np.array([1.0, 3.0, 4.0]))
+    assert slope == pytest.approx(2)
+    assert r2 == pytest.approx(1 - 2 / (14 / 3))
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -209,9 +262,9 @@ def test_report_end_to_end(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     text = (folder / "report" / "report.md").read_text()
-    assert "| residual=PostNorm | 0, 1 | 2 of 2 collapsed | 87 " in text
+    assert "| residual=PostNorm | 0, 1 | 2 of 2 collapsed | 83 |" in text
     assert "| residual=MVSplit | 0, 1 | 1 of 2 alive, 1 of 2 stopped | – | 0.50" in text
-    assert "- 3: 40 of 120 steps, cut short or still going on" in text
+    assert "- 3: 40 of 120 steps, interrupted or still running" in text
     assert "- 2: no depth.csv" in text
     assert "- 4: left out, it has no stability/trace.csv" in text
     assert "2 of 2 collapsed" in done.stdout
@@ -225,7 +278,7 @@ def test_report_end_to_end(tmp_path: Path) -> None:
 
 
 def test_an_ablations_variants_are_the_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mvsplit.stability.report.draw_all", lambda *_: [])
+    monkeypatch.setattr("mvsplit.reports.report.draw_all", lambda *_: [])
     plan = [
         {"name": "gain_1", "question": "Which gain?", "overrides": ["residual.beta_init=1"]},
         {"name": "base", "question": "What is compared with?", "overrides": []},
@@ -248,13 +301,13 @@ def test_an_ablations_variants_are_the_groups(tmp_path: Path, monkeypatch: pytes
         make_report(tmp_path)
 
 
-def test_mistakes_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     none = [str(tmp_path / "none")]
     for argv, line in (none, "no such folder"), ([str(tmp_path)], "no run with a stability/trace.csv"), ([], "FOLDER"):
-        with pytest.raises(SystemExit, match="2"), told():
+        with pytest.raises(SystemExit, match="2"), report_user_errors():
             report.main(argv)
-        assert line in (told_line := capsys.readouterr().err)
-        assert told_line.count("\n") == 1
+        assert line in (line_shown := capsys.readouterr().err)
+        assert line_shown.count("\n") == 1
     (tmp_path / "table.csv").write_text("step,loss\n0,1\n1,x\n")
     with pytest.raises(UserError, match=r"table\.csv, line 3"):
         read_table(tmp_path / "table.csv")

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mvsplit.kernels.merge_norm import merge_norm, merge_norm_reference, merge_reference, segment_mean, spread
+from mvsplit.models.norm_placements import Keel, LayerNormScaling, PeriNorm, SiameseNorm
 from mvsplit.models.residuals import (
     ChannelSplit,
     DeepNorm,
@@ -21,7 +22,18 @@ from mvsplit.models.residuals import (
 
 B, D = 3, 10
 SEGMENTS = [(5, 3), (7, 0), (0, 4), (1, 0), (1, 1), (6,)]
-ALL = [PostNorm, PreNorm, ReZero, DeepNorm, LayerScale, MVSplit, ChannelSplit]
+ALL = [
+    PostNorm,
+    PreNorm,
+    ReZero,
+    DeepNorm,
+    LayerScale,
+    MVSplit,
+    ChannelSplit,
+    Keel,
+    LayerNormScaling,
+    PeriNorm,
+]
 
 
 def tensors(segments: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -131,6 +143,51 @@ def test_baselines_are_their_formulas() -> None:
     torch.testing.assert_close(split(x, update, segments), norm(x + merged))
 
 
+def test_rivals_are_their_formulas() -> None:
+    segments = (5, 3)
+    x, update = tensors(segments)
+    keel = Keel(D, depth=8, number=3)
+    torch.testing.assert_close(keel.branch_input(x), norm(x))
+    torch.testing.assert_close(keel(x, update, segments), norm(16 * x + update))  # 2·8 merges
+    scaling = LayerNormScaling(D, depth=8, number=4)
+    torch.testing.assert_close(scaling.branch_input(x), norm(x) / 2)
+    torch.testing.assert_close(scaling(x, update, segments), x + update)
+    peri = PeriNorm(D, depth=8)
+    torch.testing.assert_close(peri.branch_input(x), norm(x))
+    torch.testing.assert_close(peri(x, update, segments), x + norm(update))
+
+
+def test_siamese_norm_is_its_two_streams() -> None:
+    segments = (5, 3)
+    x, update = tensors(segments)
+    residual = SiameseNorm(D, depth=8, number=2)
+    assert torch.equal(residual.enter(x), torch.cat([x, x], dim=-1))
+    post, pre = x, 3 * x.roll(1, 1)
+    trunk = torch.cat([post, pre], dim=-1)
+    torch.testing.assert_close(residual.branch_input(trunk), norm(post + norm(pre)))
+    torch.testing.assert_close(residual.leave(trunk), post + norm(pre))
+    torch.testing.assert_close(
+        residual(trunk, update, segments),
+        torch.cat([norm(post + update / 2), pre + update], dim=-1),  # √(2·2) = 2
+    )
+
+
+def test_keel_adds_the_part_of_the_update_that_it_is_told_to() -> None:
+    segments = (5, 3)
+    x, update = tensors(segments)
+    means, rest = mean(update, segments), centred(update, segments)
+    found = Keel(D, depth=8, split="channels")(x, update, segments)
+    torch.testing.assert_close(found, norm(16 * x + torch.cat([means[..., :5], rest[..., 5:]], dim=-1)))
+    torch.testing.assert_close(Keel(D, depth=8, split="centred")(x, update, segments), norm(16 * x + rest))
+
+
+def test_the_number_of_the_block_survives_a_cast() -> None:
+    scaling = LayerNormScaling(D, depth=400, number=399).bfloat16()
+    x = torch.ones(1, 1, D)
+    torch.testing.assert_close(scaling.branch_input(x), torch.full_like(x, 399**-0.5), rtol=1e-5, atol=0)
+    assert not list(scaling.state_dict())
+
+
 @pytest.mark.parametrize("make", ALL)
 def test_no_update_changes_nothing_but_the_scale(make: type[Residual]) -> None:
     """With F = 0 every residual keeps the direction of each token, so that a zero branch is harmless."""
@@ -147,6 +204,10 @@ def test_no_update_changes_nothing_but_the_scale(make: type[Residual]) -> None:
         (MVSplit, 0.0),
         (ChannelSplit, 0.0),
         (PreNorm, 48**-0.5),
+        (Keel, 48**-0.5),
+        (LayerNormScaling, 48**-0.5),
+        (PeriNorm, 48**-0.5),
+        (SiameseNorm, 48**-0.5),
         (ReZero, 48**-0.5),
         (LayerScale, 0.02),
         (DeepNorm, 48**-0.5 * (8 * 32) ** -0.25),

@@ -1,11 +1,13 @@
 """Counter-based random numbers: known answers, moments, independence of the batch, no copies between devices."""
 
+import pytest
 import torch
 from device_tools import Copies
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mvsplit.flow.objective import Flow
 from mvsplit.flow.times import LogitNormal
+from mvsplit.utils import rng
 from mvsplit.utils.rng import Stream, bits, mix, normal, permutation, uniform, uniform_at
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -81,3 +83,20 @@ def test_permutation() -> None:
     assert second.sort().values.tolist() == list(range(1000))
     assert not torch.equal(first, second)
     assert torch.equal(first, permutation(0, 0, 1000))
+
+
+def test_a_device_without_float64_gets_the_numbers_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS has none. Here such a device is `meta`: its index is taken for one on the CPU."""
+    index, there = torch.arange(5), torch.empty(5, dtype=torch.int64, device="meta")
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(rng, "NO_FLOAT64", {"meta"})
+    monkeypatch.setattr(rng, "_host", lambda _: index)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: sent.append(self) or self)
+    normal(1, Stream.TRAIN_NOISE, there, (2, 3))
+    uniform(1, Stream.TRAIN_TIME, there, 1000)
+    monkeypatch.undo()
+    sent = [numbers for numbers in sent if numbers.is_floating_point()]
+    assert torch.equal(sent[-2], normal(1, Stream.TRAIN_NOISE, index, (2, 3)))
+    assert sent[-1].dtype == torch.float32
+    assert sent[-1].max() < 1
+    torch.testing.assert_close(sent[-1].double(), uniform(1, Stream.TRAIN_TIME, index, 1000), rtol=0, atol=2**-24)

@@ -1,9 +1,12 @@
 """A saved network: the same as if it were built and filled, in memory for one copy of the weights that are used."""
 
 import json
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ import yaml
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mvsplit.training.checkpoints import NETWORK, SavedRun, convert, parameters_on_meta
-from mvsplit.training.folder import Saved, Slice, Tensors, write
-from mvsplit.training.run import TrainConfig
+from mvsplit.training.checkpoint_format import COMPLETE, MANIFEST, Saved, Slice, Tensors
+from mvsplit.training.checkpoint_writer import CheckpointWriter
+from mvsplit.training.checkpoints import NETWORK, convert
+from mvsplit.training.saved_run import SavedRun, parameters_on_meta
 from mvsplit.utils.config import build, to_plain
 from mvsplit.utils.errors import UserError
 
@@ -32,7 +36,7 @@ def save(config: dict[str, Any], run: Path, scale: dict[str, float], draw: Calla
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     path = run / "checkpoints" / "last-00000005.ckpt"
     path.parent.mkdir()
-    write(path, {"global_step": 5}, tensors, together=False)
+    CheckpointWriter(path, {"global_step": 5}, tensors).run()
     return path
 
 
@@ -60,7 +64,7 @@ def velocity(network: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_a_saved_network_is_the_one_that_is_built_and_filled(saved: Path, weights: Any) -> None:
-    expected, run = filled(saved, weights), SavedRun(saved, weights, TrainConfig)
+    expected, run = filled(saved, weights), SavedRun(saved, weights)
     assert run.step == 5
     theirs, ours = everything(expected), everything(run.network)
     assert theirs.keys() == ours.keys()
@@ -77,7 +81,7 @@ def test_a_converted_file_is_computed_with_in_float32(saved: Path, tmp_path: Pat
     file = tmp_path / "model.safetensors"
     convert(saved, file, ["ema", "raw"], dtype)
     for weights in ("ema", "raw"):
-        network = SavedRun(file, weights, TrainConfig).network  # type: ignore[arg-type]
+        network = SavedRun(file, weights).network  # type: ignore[arg-type]
         for name, value in filled(saved, weights).named_parameters():
             found = network.get_parameter(name)
             assert found.dtype == torch.float32
@@ -96,9 +100,9 @@ def test_only_what_is_used_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch)
     original = Tensors.read
     monkeypatch.setattr(Tensors, "read", lambda self, name, *place: read.append(name) or original(self, name, *place))
     with pytest.raises(UserError, match=r"weights-00000\.safetensors fails its checksum"):
-        SavedRun(saved, "raw", TrainConfig)
+        SavedRun(saved, "raw")
     assert read == []
-    network = SavedRun(saved, "ema", TrainConfig).network
+    network = SavedRun(saved, "ema").network
     assert sorted(read) == sorted(NETWORK + name for name in network.state_dict())
 
 
@@ -111,8 +115,72 @@ def test_another_network_is_named_before_anything_is_read(saved: Path, monkeypat
     monkeypatch.setattr(Tensors, "read", lambda *given: read.append(given))
     monkeypatch.setattr(Saved, "_hash", lambda *given: read.append(given))
     with pytest.raises(UserError, match=rf"another network; 'blocks\.0\..*{width}.* there and .*{2 * width}.* here"):
-        SavedRun(saved, "ema", TrainConfig)
+        SavedRun(saved, "ema")
     assert read == []
+
+
+ABSURD = {
+    "deep": ({"depth": 300_000}, "model: the network of this config has over"),
+    "wide": ({"width": 1 << 20}, "ckpt_path: the checkpoint belongs to another network; "),
+    "of large pictures": ({"image_size": [1 << 20, 1 << 20]}, "model: .* values are not saved, too many for"),
+    "of rather large pictures": ({"image_size": [1 << 12, 1 << 12]}, "model: .* values are not saved, too many for"),
+    "beyond numbers": ({"width": 1 << 70}, "model: cannot be built from this config"),
+    "with many tokens": ({"context": {"num_tokens": 1 << 40}}, "ckpt_path: the checkpoint belongs to another network"),
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_a_config_of_another_size_costs_nothing(saved: Path, tmp_path: Path, name: str) -> None:
+    changes, message = ABSURD[name]
+    file, converted = saved.parent.parent / "config.yaml", tmp_path / "model.safetensors"
+    config = yaml.safe_load(file.read_text())
+    for key, value in changes.items():
+        config["model"][key] = config["model"][key] | value if isinstance(value, dict) else value
+    file.write_text(yaml.safe_dump(config))
+    convert(saved, converted, ["ema"], torch.float32)
+    assert converted.stat().st_size < 500_000
+    for path in (saved, converted):
+        begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(UserError, match=message):
+            SavedRun(path, "ema")
+        assert time.monotonic() - begun < 10
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10  # KiB
+
+
+LAUGHS = "\n".join(["a: &a [1, 2]", *(f"{y}: &{y} [{', '.join([f'*{x}'] * 9)}]" for x, y in pairwise("abcdefghijkl"))])
+DOCUMENTS = {
+    "aliases": (LAUGHS, "its aliases expand to more than 20000 values"),
+    "merged aliases": (LAUGHS.replace("[1, 2]", "{k: 1}").replace("[*", "{<<: [*").replace("*]", "*]") + "}", "config"),
+    "an alias of itself": ("a: &a [*a]", "a node contains an alias of itself"),
+    "deep": ("[" * 5000, "config"),
+    "nested": ("[" * 100 + "]" * 100, "nested more than 50 levels deep"),
+    "many": ("[" + "1," * 50_000 + "]", "more than 20000 values"),
+    "no number": ("!!int x", "config"),
+    "no date": ("2026-13-45", "config"),
+    "python": ("!!python/object/apply:os.system [true]", "could not determine a constructor"),
+    "large": ("#" * (5 << 20), "larger than 4 MiB"),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_config_beside_a_checkpoint_is_read_within_limits(saved: Path, name: str) -> None:
+    text, message = DOCUMENTS[name]
+    (saved.parent.parent / "config.yaml").write_text(text)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=message):
+        SavedRun(saved, "ema")
+    assert time.monotonic() - begun < 5
+
+
+def test_files_that_never_end_are_not_read(saved: Path) -> None:
+    for file in (saved.parent.parent / "config.yaml", saved / COMPLETE, saved / MANIFEST):
+        content = file.read_bytes()
+        file.unlink()
+        file.symlink_to("/dev/zero")
+        with pytest.raises(UserError, match=r"config\.yaml is missing|manifest\.json: not a regular|not a checkpoint"):
+            SavedRun(saved, "ema")
+        file.unlink()
+        file.write_bytes(content)
 
 
 class Forked(nn.Module):
@@ -150,8 +218,7 @@ def test_networks_are_built_without_memory_for_their_parameters() -> None:
 MEASURED = """
 import json, sys, threading
 from pathlib import Path
-from mvsplit.training.checkpoints import SavedRun
-from mvsplit.training.run import TrainConfig
+from mvsplit.training.saved_run import SavedRun
 import mvsplit.models.dit, mvsplit.data.datamodule
 
 def held() -> int:  # in MiB, of the process's own memory: mapped files can be dropped
@@ -168,11 +235,12 @@ threading.Thread(target=watch, daemon=True).start()
 for path in sys.argv[1:]:
     before = held()
     looks.clear()
-    networks.append(SavedRun(Path(path), "ema", TrainConfig).network)
+    networks.append(SavedRun(Path(path), "ema").network)
     print(json.dumps({"looks": len(looks), "peak": max(looks) - before}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_network_is_read_in_memory_for_one_copy(config: Callable[..., DictConfig], tmp_path: Path) -> None:
     size = to_plain(config("model.width=1024", "model.depth=2", "model.num_heads=16"))

@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from mvsplit.callbacks.ema import EMA
+from mvsplit.flow.objective import Flow
+from mvsplit.flow.sampler import Sampler
 from mvsplit.models.conditioning import ClassTokens
 from mvsplit.models.dit import DiT
 from mvsplit.models.residuals import MVSplit
 from mvsplit.training.checkpoints import check_fits
+from mvsplit.training.module import FlowModule, Mean
 from mvsplit.training.optim import AdamW
 from mvsplit.utils.errors import UserError
 
@@ -37,6 +40,24 @@ def test_schedule_warms_up_then_stays_or_falls() -> None:
     assert cosine.factor(100, 14) == pytest.approx(0.1)
     assert AdamW(warmup_steps=0).factor(0, 10) == 1.0
     assert AdamW(warmup_steps=4, schedule="cosine", decay_steps=8).factor(8, 100) == pytest.approx(0.0)
+
+
+def test_validation_under_bf16_true_rounds_neither_sums_nor_times() -> None:
+    metric = nn.ModuleList([Mean()]).to(torch.bfloat16)[0]
+    assert isinstance(metric, Mean)
+    losses = torch.linspace(0.4, 0.6, 40_000)
+    for batch in losses.split(64):
+        metric.update(batch, torch.ones(len(batch), dtype=torch.bfloat16))
+    assert float(metric.weight) == 40_000
+    assert float(metric.compute()) == pytest.approx(0.5, rel=1e-5)
+
+    module = FlowModule(lambda: nn.Identity(), Flow(), AdamW(), Sampler(), val_times=1000)
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does around the step
+    try:
+        times = module.validation_times(torch.arange(1000))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(times, (torch.arange(1000) + 0.5) / 1000)
 
 
 def test_average_follows_its_formula() -> None:
@@ -72,7 +93,7 @@ def test_weights_of_another_network_are_named() -> None:
     check_fits(ours, ours)
     with pytest.raises(UserError, match="the checkpoint has no 'b'"):
         check_fits({"a": (2,)}, ours)
-    with pytest.raises(UserError, match=r"'a' is \(5,\) there and \(2,\) here"):
+    with pytest.raises(UserError, match=r"'a' has shape \(5,\) there and \(2,\) here"):
         check_fits({"a": (5,), "b": (3,)}, ours)
 
 

@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine that serves a folder and misbehaves as it is told."""
+"""A real HTTP server on this machine that serves a folder and fails on demand."""
 
 import json
 import threading
@@ -11,12 +11,12 @@ from pathlib import Path
 
 
 class FaultyServer:
-    """Serves `folder`. `faults[name]` is a list of what the next requests for a file meet, one each:
+    """Serves `folder`. `faults[name]` lists what happens to the next requests for a file, one each:
 
     `503` or another status, `stall` (half the body, then silence), `cut` (half the body, then the line is closed),
-    `cut without length` (and the client was not told how long it is), `drip` (a byte now and then),
-    `redirect ADDRESS`, `loop` (a redirect to itself); `other NAME` sends another file's content. `always[name]` does
-    the same for every request.
+    `cut without length` (and the client was not given its length), `drip` (a byte now and then), `drip headers`,
+    `packed` (said to be gzip), `redirect ADDRESS`, `loop` (a redirect to itself); `other NAME` sends another file's
+    content. `always[name]` does the same for every request.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,8 +53,17 @@ class FaultyServer:
             return
         body = path.read_bytes()
         request.send_response(200)
+        if fault == "drip headers":
+            request.flush_headers()
+            with suppress(OSError):
+                for _ in range(100):
+                    request.wfile.write(b"X-A: b\r\n")
+                    time.sleep(0.1)
+            return
         if fault != "cut without length":
             request.send_header("Content-Length", str(len(body)))
+        if fault == "packed":
+            request.send_header("Content-Encoding", "gzip")
         request.end_headers()
         if fault == "drip":
             with suppress(OSError):

@@ -1,15 +1,11 @@
 """Comparing runs by their last checkpoint."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mvsplit.training.folder import Saved
-
-TIMES = int(os.environ.get("MVSPLIT_FAULTS", "0"))
-"""How often each way to end a run is tried: a few times, or as many as are asked for (`MVSPLIT_FAULTS=20 pytest …`)."""
+from mvsplit.training.checkpoint_format import Saved
 
 
 def last(run: Path) -> dict[str, Any]:

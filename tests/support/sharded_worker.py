@@ -4,7 +4,7 @@
 
 MODE `train` records: initial and final weights, at step `AT` (or the last, if that is earlier) the weights, the
 averaged gradient and every rank's micro-batches, later steps' micro-batches too. MODE `watch` trains with
-`callbacks.stability` alone: its tables are the record. MODE `build` stops after construction and records its memory.
+`callbacks.monitor` alone: its tables are the record. MODE `build` stops after construction and records its memory.
 """
 
 import mvsplit  # noqa: F401 (before torch)
@@ -22,8 +22,10 @@ from lightning import Callback, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mvsplit.data.folders import RESOLVERS
 from mvsplit.utils.config import build, to_plain
-from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers
+from mvsplit.utils.resolvers import register_resolvers
+from mvsplit.utils.run_dirs import PROJECT_ROOT
 
 AT = 3
 
@@ -111,13 +113,13 @@ def measured(module: Any, folder: Path) -> None:
 
 def main(folder: Path, mode: str, overrides: list[str]) -> None:
     torch.set_num_threads(1)
-    register_resolvers()
+    register_resolvers(RESOLVERS)
     with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT_ROOT / "configs")):
         config = to_plain(compose("train.yaml", overrides=[f"paths.output_dir={folder}", *overrides]))
     module = build(config["module"])
     if mode == "build":
         measured(module, folder)
-    callbacks = [build(config["callbacks"]["stability"])] if mode == "watch" else [Recorder(folder)]
+    callbacks = [build(config["callbacks"]["monitor"])] if mode == "watch" else [Recorder(folder)]
     settings = {"callbacks": callbacks, "logger": False, "enable_checkpointing": False,
                 "enable_progress_bar": False, "limit_val_batches": 0}  # fmt: skip
     trainer: Trainer = build(config["trainer"] | settings)

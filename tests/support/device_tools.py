@@ -1,4 +1,4 @@
-"""What would happen on a GPU, seen without one: on fake CUDA tensors."""
+"""Behaviour on a GPU, tested without one on fake CUDA tensors."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Copies(TorchDispatchMode):
-    """Operations that copy between host and device, or wait for a number of the device."""
+    """Records operations that copy between host and device, or wait for a value on the device."""
 
     def __init__(self) -> None:
         super().__init__()

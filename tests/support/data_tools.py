@@ -1,8 +1,8 @@
-"""Small data sets for the tests: pictures, shards, and the reading pieces with their usual settings."""
+"""Small data sets for the tests: images, shards, and readers with their usual settings."""
 
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,16 @@ from torchvision.io import encode_png
 
 from mvsplit.data.datamodule import ShardDataModule
 from mvsplit.data.faults import FaultPolicy
+from mvsplit.data.folder_scan import load_folder_index
 from mvsplit.data.formats import Images, Latents
-from mvsplit.data.index import ShardIndex, load_index
+from mvsplit.data.index import ShardIndex
+from mvsplit.data.indexing import load_index
+from mvsplit.data.order import Order, StreamBatches
 from mvsplit.data.reader import ShardReader
-from mvsplit.data.shards import write_shard, write_shards
+from mvsplit.data.shard_set import ShardSet
+from mvsplit.data.shard_writer import write_shard, write_shards
 from mvsplit.data.storage import Storage
+from mvsplit.data.streaming import StreamedSource, WebDatasetStream
 from mvsplit.data.transforms import CentreCrop
 
 SUBSTITUTE = FaultPolicy("substitute", 1.0)
@@ -72,8 +77,20 @@ def tar_of(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
+def read_by_ranks(
+    order: Callable[[], Order], steps: int, micro: int, world: int, first: int = 0
+) -> list[list[tuple[int, int]]]:
+    """What all ranks together read in batches of 12, step by step; each with its own order."""
+    ranks = [list(StreamBatches(order(), 12, micro, r, world, steps, lambda: first)) for r in range(world)]
+    accumulate = 12 // (micro * world)
+    return [
+        [item for m in range(accumulate) for rank in ranks for item in rank[step * accumulate + m]]
+        for step in range(steps - first)
+    ]
+
+
 def storage(folder: Path, **settings: Any) -> Storage:
-    """A cache in `folder`/cache that waits little."""
+    """A cache in `folder`/cache with short time-outs."""
     quick: dict[str, Any] = {"retries": 2, "backoff_s": 0.01, "timeout_s": 1.0}
     return Storage(str(folder / "cache"), **quick | settings)
 
@@ -87,7 +104,9 @@ def colour(size: int = 32) -> Images:
 
 
 def index(folder: Path, policy: FaultPolicy | None = None, pattern: str = "*.tar", **settings: Any) -> ShardIndex:
-    return load_index(storage(folder), str(folder), pattern, settings.pop("form", grey()), policy, **settings)
+    """Of shards, or with `layout="folders"` of class folders."""
+    found = ShardSet(storage(folder), str(folder), pattern, settings.get("form", grey()))
+    return (load_folder_index if settings.get("layout") == "folders" else load_index)(found, policy)
 
 
 def reader(
@@ -96,6 +115,13 @@ def reader(
     form = form or grey()
     policy = policy or FaultPolicy()
     return ShardReader(index(folder, policy, form=form), storage(folder), form, policy, train)
+
+
+def stream(folder: Path, policy: FaultPolicy | None = None, pattern: str = "*.tar") -> WebDatasetStream:
+    """All shards through webdataset's pipeline, on one rank."""
+    found = ShardSet(storage(folder), str(folder), pattern, grey())
+    source = StreamedSource(found, policy or FaultPolicy(), 10, 1, 0, samples_per_shard=10, buffer=1)
+    return WebDatasetStream(source, 0, 1, lambda: 0)
 
 
 def datamodule(folder: Path | str, cache: Path, **settings: Any) -> ShardDataModule:
@@ -110,3 +136,12 @@ def datamodule(folder: Path | str, cache: Path, **settings: Any) -> ShardDataMod
         "val": "train-*.tar",
     }
     return ShardDataModule(str(folder), **defaults | settings)
+
+
+def image_folder(root: Path, classes: Sequence[str], size: tuple[int, int], count: int = 2) -> None:
+    """Colour pictures of (height, width) in <root>/{train,val}/<class>/."""
+    for split in ("train", "val"):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                (root / split / name / f"{i}.jpg").write_bytes(photograph(i, *size))

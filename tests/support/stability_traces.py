@@ -1,4 +1,4 @@
-"""Made traces of the guard's statistics, modelled on the paper's numbers: healthy runs, and what can befall them."""
+"""Synthetic traces of the detector's statistics, modelled on the paper's numbers: healthy, disturbed and dead runs."""
 
 import math
 from typing import Any
@@ -18,10 +18,10 @@ def _noise(rng: np.random.Generator, size: int, sigma: float, memory: float = 0.
 
 
 def healthy(seed: int, steps: int = 2000, **how: Any) -> Trace:
-    """A run that lives.
+    """A healthy run.
 
     Keys of `how`: initial, final, speed of the loss; loss_noise, gradient_noise, ratio_noise; gradient (first, last);
-    ratio; warmup: steps in which everything but the loss grows from nothing; rho (first, last); wander: of the cosine.
+    ratio; warmup: steps in which everything but the loss grows from zero; rho (first, last); wander: of the cosine.
     """
     h = {"initial": 1.6, "final": 0.55, "speed": 200.0, "loss_noise": 0.04, "gradient_noise": 0.25, "ratio_noise": 0.3,
          "gradient": (1.8, 0.5), "ratio": 0.4, "warmup": 30, "rho": (0.35, 0.65), "wander": 0.15} | how  # fmt: skip
@@ -48,7 +48,7 @@ def healthy(seed: int, steps: int = 2000, **how: Any) -> Trace:
 
 
 def collapse(trace: Trace, at: int, seed: int = 0, stir: bool = True) -> Trace:
-    """The paper's event at this row: 30 rows before the gradient norm stirs; 7 rows later all is dead."""
+    """The paper's collapse at this row: the gradient norm rises 30 rows before; the network is dead 7 rows later."""
     t = {name: values.copy() for name, values in trace.items()}
     rng = np.random.default_rng(seed + 1000)
     n = len(t["step"])
@@ -69,7 +69,7 @@ def collapse(trace: Trace, at: int, seed: int = 0, stir: bool = True) -> Trace:
 
 
 def spike(trace: Trace, at: int, times: float = 15, rows: int = 3) -> Trace:
-    """A benign spike: the gradient norm with both its parts, the loss a little, the ratio not at all."""
+    """A benign spike: of the gradient norm and both its parts, slightly of the loss, not of the ratio."""
     t = {name: values.copy() for name, values in trace.items()}
     for k in range(rows):
         for name in ("grad_norm", "g_mean", "g_ctr", "q_grad"):
@@ -79,7 +79,7 @@ def spike(trace: Trace, at: int, times: float = 15, rows: int = 3) -> Trace:
 
 
 def transient(trace: Trace, at: int, rows: int, loss: float = 1.4, gradient: float = 4.0) -> Trace:
-    """After a resume: loss and gradients up, then back."""
+    """The transient after a resume: loss and gradients rise, then return."""
     t = {name: values.copy() for name, values in trace.items()}
     fade = np.exp(-3 * np.arange(rows) / rows)
     for name in ("grad_norm", "g_mean", "g_ctr", "q_grad"):
@@ -89,7 +89,7 @@ def transient(trace: Trace, at: int, rows: int, loss: float = 1.4, gradient: flo
 
 
 def dead(seed: int, steps: int = 200, first_step: int = 0) -> Trace:
-    """A run that is dead from its first row on, with gradients of a normal size."""
+    """A run that is dead from its first row, with gradients of normal size."""
     rng = np.random.default_rng(seed)
     grad_norm = 0.5 * _noise(rng, steps, 0.3)
     return {
@@ -107,7 +107,7 @@ def dead(seed: int, steps: int = 200, first_step: int = 0) -> Trace:
 def rows(
     trace: Trace, every: int = 1, only: tuple[str, ...] | None = None
 ) -> list[tuple[int, dict[str, float | None]]]:
-    """What a watch is given."""
+    """The rows that a detector observes."""
     names = [name for name in trace if name != "step" and (only is None or name in only)]
     return [
         (int(step), {name: float(trace[name][i]) for name in names})

@@ -16,10 +16,13 @@ from hydra import compose, initialize_config_dir
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from mvsplit.callbacks.collapse_guard import CollapseGuard  # noqa: E402
+from integration.test_guard import Record, prepare  # noqa: E402
+
+from mvsplit.callbacks.monitor import StepMonitor  # noqa: E402
+from mvsplit.data.folders import RESOLVERS  # noqa: E402
 from mvsplit.utils.config import build, to_plain  # noqa: E402
-from mvsplit.utils.runs import PROJECT_ROOT, register_resolvers  # noqa: E402
-from tests.integration.test_guard import Record, prepare  # noqa: E402
+from mvsplit.utils.resolvers import register_resolvers  # noqa: E402
+from mvsplit.utils.run_dirs import PROJECT_ROOT  # noqa: E402
 
 
 class Keep(Record):
@@ -31,10 +34,11 @@ class Keep(Record):
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, module, batch, batch_idx)
-        guard = next(c for c in trainer.callbacks if isinstance(c, CollapseGuard))
+        monitor = next(c for c in trainer.callbacks if isinstance(c, StepMonitor))
         if trainer.global_step == 3:
-            guard.action = "rollback"
-            guard.watch.went_back()  # a recovery takes longer
+            assert monitor.guard is not None
+            monitor.guard.action = "rollback"
+            monitor.detector.went_back()  # a recovery takes longer
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         torch.save({"before": self.before, "after": self.after}, self.folder / f"guard_rank_{trainer.global_rank}.pt")
@@ -42,13 +46,13 @@ class Keep(Record):
 
 def main(folder: Path, overrides: list[str]) -> None:
     torch.set_num_threads(1)
-    register_resolvers()
+    register_resolvers(RESOLVERS)
     small = ["model=tiny", "data.batch_size=8", "data.num_workers=0", "trainer.accelerator=cpu", "trainer.max_steps=8",
              "trainer.accumulate_grad_batches=2", "optim.warmup_steps=2", "optim.schedule=constant",
-             "callbacks.guard.action=skip", "callbacks.guard.margin=2"]  # fmt: skip
+             "callbacks.monitor.guard.action=skip", "callbacks.monitor.guard.margin=2"]  # fmt: skip
     with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT_ROOT / "configs")):
         config = to_plain(compose("train.yaml", overrides=[f"paths.output_dir={folder}", *small, *overrides]))
-    callbacks = [build(config["callbacks"][name]) for name in ("ema", "health", "guard")]
+    callbacks = [build(config["callbacks"][name]) for name in ("ema", "monitor")]
     settings = {"callbacks": prepare(callbacks, (2, 5), Keep(folder)), "logger": False, "enable_checkpointing": False,
                 "enable_progress_bar": False, "limit_val_batches": 0}  # fmt: skip
     build(config["trainer"] | settings).fit(build(config["module"]), datamodule=build(config["data"]))

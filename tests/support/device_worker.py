@@ -17,7 +17,8 @@ import torch
 from lightning import Callback, Trainer
 
 import train
-from mvsplit.training import shards
+from mvsplit.data.folders import RESOLVERS
+from mvsplit.training import gradients, settings
 from mvsplit.training.module import FlowModule
 from mvsplit.utils import config, entry
 
@@ -35,13 +36,13 @@ class Recorder(Callback):
         record["expected"] = torch.cat([grad.flatten() for grad in whole.values()]).norm().item()
         query = "network.blocks.0.attention.qkv.weight"
         record["expected_rows"] = whole[query][:4].norm().item()
+        record["norm"] = float(gradients.gradient_norm(module))
         accelerator: Any = get_accelerator()
         plain = accelerator.current_device_name
         accelerator.current_device_name = lambda: "meta"
         try:
-            record["norm"] = shards.gradient_norm(module)
-            record["norms"] = shards.gradient_norms(module, lambda name: "all")["all"]
-            record["rows"] = shards.row_norms(module, {"query": (query, 0, 4)})["query"]
+            record["norms"] = gradients.gradient_norms(module, lambda name: "all")["all"]
+            record["rows"] = gradients.row_norms(module, {"query": (module.get_parameter(query), 0, 4)})["query"]
         finally:
             accelerator.current_device_name = plain
 
@@ -67,4 +68,4 @@ def main(cfg: Any) -> float | None:
 
 if __name__ == "__main__":
     config.PACKAGES += ("device_worker.",)
-    entry.run(main, "train.yaml")
+    entry.run(main, "train.yaml", settings.checked, RESOLVERS)

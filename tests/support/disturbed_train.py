@@ -1,10 +1,12 @@
-"""`src/train.py` with a callback that disturbs one rank at a known moment; run like it, by the tests of this folder."""
+"""`src/train.py` with callbacks that disturb one rank at a known moment; run like it, by the tests."""
 
 import math
 import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 import train
+from mvsplit.callbacks.checkpoint_saver import CheckpointSaver
+from mvsplit.data.folders import RESOLVERS
+from mvsplit.training import checkpoint_writer, settings
 from mvsplit.utils import config, entry
 from mvsplit.utils.errors import UserError
 
@@ -31,8 +36,10 @@ class Disturb(Callback):
     Args:
         what: `defect`, `mistake`, `spoil` (a NaN in the gradient of this batch, not in its loss), or names of signals,
             sent one after the other.
-        when: `start` (of training), `train`, `validation`, `test` (a batch starts there) or `save`.
-        rank: -1 means all of them. readers: signals go to the rank's reading processes, not to itself.
+        when: `start` of training; the start of a batch in `train`, `validation` or `test`; or `save`.
+        rank: of the process; -1 for all.
+        step: optimiser steps before.
+        readers: send signals to the rank's worker processes instead.
     """
 
     def __init__(self, what: str, when: str, rank: int, step: int = 7, readers: bool = False) -> None:
@@ -76,6 +83,37 @@ class Disturb(Callback):
         self.disturb(trainer, "save")
 
 
+class DisturbWrites(Callback):
+    """Slows down the background writes of checkpoints, and kills this process in one of them.
+
+    Args:
+        seconds: added to each point of a write.
+        kill: the point, counted from the start of the process, at which it gets SIGKILL.
+    """
+
+    def __init__(self, seconds: float = 0.0, kill: int = -1) -> None:
+        self.seconds, self.kill, self.points = seconds, kill, 0
+
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self._before(checkpoint_writer.HashedFile, "write")
+        self._before(checkpoint_writer.HashedFile, "__exit__")
+        self._before(checkpoint_writer.CheckpointWriter, "_finish")
+        self._before(CheckpointSaver, "_link")
+
+    def _before(self, kind: type, name: str) -> None:
+        original = getattr(kind, name)
+
+        def disturbed(*args: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                self.points += 1
+                if self.points == self.kill:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(self.seconds)
+            return original(*args)
+
+        setattr(kind, name, disturbed)
+
+
 if __name__ == "__main__":
     config.PACKAGES += ("disturbed_train.",)
-    entry.run(train.main, "train.yaml")
+    entry.run(train.main, "train.yaml", settings.checked, RESOLVERS)

@@ -1,4 +1,4 @@
-"""Commands that are started and watched: what they say, which processes they have, whether all of them end."""
+"""Commands run by a test: their output, their processes, and whether all of them end."""
 
 import os
 import subprocess
@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 BOUND_S = 30
-"""Until the last process has ended: a time-out of some seconds, and what a busy machine adds."""
+"""Seconds until the last process has ended: a time-out of a few, and the delay of a busy machine."""
 ZERO3 = ["trainer=deepspeed", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
 
 
 class Job:
-    """A command, of which can be seen what it leaves behind."""
+    """A running command."""
 
     def __init__(self, command: list[str], cwd: Path, name: str = "job", **env: str) -> None:
         self.cwd, self.output = cwd, cwd / f"{name}.out"
@@ -26,7 +26,7 @@ class Job:
         return self.output.read_text()
 
     def others(self) -> dict[int, int]:
-        """The other living processes of this test that run a training script, and who started each."""
+        """Other running processes of this test with a training script: their parents by pid."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -44,7 +44,7 @@ class Job:
         while not condition():
             assert time.monotonic() < deadline, self.text
             assert self.process.poll() is None, self.text
-            time.sleep(0.001)  # saves are short, and some of them are to be met
+            time.sleep(0.001)  # saves are short, and some tests wait for one
 
     def ends(self, seconds: float = BOUND_S) -> int:
         """Its exit status, once every process of it has ended."""
