@@ -64,8 +64,9 @@ def ablate(cfg: DictConfig) -> None:
     config = checked(cfg)
     from mvsplit.benchmarks import ablation
 
-    failed = ablation.run_all(config, compose_run, train_here)
-    if len(failed) < len(ablation.all_runs(config)):
+    runs = ablation.all_runs(config)
+    failed = ablation.run_all(config, runs, compose_run, train_here)
+    if len(failed) < len(runs):
         report.main([config["folder"]])
     if failed:
         sys.exit(1)

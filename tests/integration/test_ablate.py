@@ -63,7 +63,7 @@ def stamps(folder: Path) -> dict[Path, int]:
     return {f: f.stat().st_mtime_ns for f in folder.glob("*/*/result.json")}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_runs_are_trained_once_and_other_settings_are_refused(ablate: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = ablate()
@@ -119,7 +119,7 @@ def workers(folder: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_command_resumes(command: Command, ablate: Run, tmp_path: Path) -> None:
     """Ctrl-C is tested with src/study.py, which trains its runs by the same code."""
     steps = ("trainer.max_steps=100", "callbacks.checkpoint.every_n_steps=10")
@@ -147,7 +147,7 @@ def test_a_killed_command_resumes(command: Command, ablate: Run, tmp_path: Path)
     assert before.items() <= stamps(out).items()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_is_reported_and_the_others_continue(command: Command, tmp_path: Path) -> None:
     out, call = tmp_path / "out", command(more=("trainer.max_steps=25",))
     process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -159,7 +159,7 @@ def test_a_killed_run_is_reported_and_the_others_continue(command: Command, tmp_
     assert set(RUNS) - set(results(out)) == {name}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_stops_itself_is_a_result_and_a_defect_is_not(ablate: Run, tmp_path: Path) -> None:
     # Gains that overflow, and a folder in the way of a file that a callback writes.
     questions = {
@@ -181,7 +181,7 @@ def test_a_run_that_stops_itself_is_a_result_and_a_defect_is_not(ablate: Run, tm
     assert "FAILED           fails/seed_0: " in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mistakes_are_reported_before_anything_runs(ablate: Run, tmp_path: Path) -> None:
     done = ablate("only=[c]")
     assert done.returncode == 2

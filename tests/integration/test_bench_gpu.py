@@ -52,7 +52,7 @@ def living(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_benchmark_resumes_with_the_unfinished_cases(script: Script, data_dir: Path, tmp_path: Path) -> None:
     """And a case with a wrong override fails with a reason and does not stop the others."""
     line = command(script, data_dir, *CHOSEN)
@@ -212,7 +212,7 @@ def test_a_result_only_counts_for_its_own_config(bench: Bench) -> None:
     assert frame.key_of("memory/one", bench) != key
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.apart
 def test_every_run_on_a_gpu_has_a_valid_config(bench: Bench, tmp_path: Path, monkeypatch: Any) -> None:
     """Runs that need a GPU are composed and checked like any training."""
@@ -292,7 +292,7 @@ def test_the_deepest_is_searched_around_the_plan(
     assert (outcome.figures["trains"], outcome.checks["as_deep_as_planned"]) == (found, found > 0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_parts_of_each_kind_for_cpus(script: Script, data_dir: Path, tmp_path: Path) -> None:
     # All 33 take ten minutes: `python src/bench.py gpu device=cpu`. Strategies and the share are in the test above.
     parts = "tests,faults/cpu/kill,scripts/sample"

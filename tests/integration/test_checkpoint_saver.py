@@ -209,7 +209,7 @@ def test_sigterm_waits_for_the_checkpoint_of_its_step(
     assert steps_of(tmp_path / "cut" / "checkpoints")["last"] == [5]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_a_run_killed_in_a_background_write_resumes_to_the_same_weights(
     train_here: Train, tmp_path: Path, with_callback: Callable[[Callback], None], undisturbed: None, kills: int
 ) -> None:

@@ -44,8 +44,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("number", "status"),
     [
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
         (signal.SIGKILL, -signal.SIGKILL),
     ],
 )
@@ -73,7 +73,7 @@ def test_interrupted_and_continued_ends_with_the_very_weights(
     assert differences(uninterrupted, state(run)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_last_belongs_to_the_same_command(run_script: Run, tmp_path: Path) -> None:
     """Or to one that differs only in how long it trains, or on what: that extends the run."""
     options = ["optim.warmup_steps=1", "trainer.max_steps=2"]
@@ -130,7 +130,7 @@ def compare_weights(expected: dict[str, torch.Tensor], actual: dict[str, torch.T
         torch.testing.assert_close(actual[name], weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_stop_together(script: Callable[..., list[str]], tmp_path: Path) -> None:
     """SIGTERM to one process of two: both save, both end, and the run goes on."""
     command = [*script("train.py", *LONG, "trainer=ddp_sim", "trainer.max_steps=400"), "ckpt_path=last"]
@@ -139,7 +139,7 @@ def test_ranks_stop_together(script: Callable[..., list[str]], tmp_path: Path) -
     assert 5 <= last(run)["global_step"] < 400
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_multirun_over_residuals(run_script: Run, tmp_path: Path) -> None:
     names = ["mvsplit", "post_norm", "pre_norm", "layerscale", "rezero", "deepnorm", "channel_split"]
     result = run_script("train.py", "-m", f"residual={','.join(names)}", "trainer.max_steps=2")
@@ -149,7 +149,7 @@ def test_multirun_over_residuals(run_script: Run, tmp_path: Path) -> None:
         assert last(sweep / f"{number}_residual-{name}")["global_step"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_search_ends_with_its_table_and_the_best(run_script: Run, tmp_path: Path) -> None:
     result = run_script("train.py", "hparams_search=lr", "trainer.max_steps=3")
     assert result.returncode == 0, result.stderr
@@ -180,7 +180,7 @@ def test_a_job_that_fails_ends_neither_its_sweep_nor_the_table(run_script: Run, 
     assert rows[1]["folder"] in result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_before_training_ends_the_process(script: Callable[..., list[str]], tmp_path: Path) -> None:
     process = subprocess.Popen(script("train.py"), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     time.sleep(1)  # still importing
@@ -224,7 +224,7 @@ BAD_INPUTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", BAD_INPUTS)
 def test_bad_input_ends_in_one_line(run_script: Run, tmp_path: Path, kind: str) -> None:
     write_bad_inputs(tmp_path)
@@ -247,7 +247,7 @@ def test_bad_input_to_the_other_scripts(run_script: Run, tmp_path: Path, name: s
         assert message in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("logger", "named"), [("tensorboard", "tfevents"), ("null", ".ckpt.partial")])
 def test_a_run_folder_removed_in_mid_run_ends_it_in_one_line(
     script: Callable[..., list[str]], tmp_path: Path, logger: str, named: str
@@ -269,7 +269,7 @@ def test_a_run_folder_removed_in_mid_run_ends_it_in_one_line(
     assert named in errors
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_sweep_goes_on(script: Callable[..., list[str]], tmp_path: Path) -> None:
     command = script("train.py", "-m", "residual=mvsplit,rezero", *LONG, "ckpt_path=last")
     assert (

@@ -12,7 +12,7 @@ from conftest import SUPPORT
 WORKER = SUPPORT / "device_worker.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_zero3_places_the_module_and_looks_at_gradients_where_they_lie(
     script: Callable[..., list[str]], tmp_path: Path
 ) -> None:

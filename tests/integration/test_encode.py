@@ -53,7 +53,7 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_again_and_again_it_ends_with_the_very_files(
     script: Callable[..., list[str]], data_dir: Path, tmp_path: Path, whole: Path
 ) -> None:
@@ -98,7 +98,7 @@ def test_an_error_in_one_process_ends_all_with_its_line(
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_defect_or_a_death_in_one_process_ends_all(encode_here: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="to have 4 channels") as caught:
         encode_here("num_processes=2", "data.channels=3", "autoencoder.channels=1", output="defect")
@@ -118,7 +118,7 @@ def test_a_defect_or_a_death_in_one_process_ends_all(encode_here: Callable[..., 
     assert not processes_of(tmp_path / "killed")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_ends_all_processes_at_once(script: Callable[..., list[str]], data_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*script("encode.py", *KEYS), f"paths.data_dir={data_dir}", f"output={out}", "num_processes=2"]

@@ -48,7 +48,7 @@ def digits(path: Path, split: str, count: int | None = None) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_digits_metrics_order_an_untrained_a_half_trained_and_a_trained_network(
     train_here: Train, eval_here: Eval, tmp_path: Path
 ) -> None:
@@ -225,7 +225,7 @@ def test_a_cadence_longer_than_the_run_is_reported(train_here: Train, caplog: py
     assert any(expected in line for line in caplog.messages)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
 def test_all_ranks_draw_and_one_measures(train_here: Train, run_script: Script, tmp_path: Path, strategy: str) -> None:
     """The same samples: FID equals that of a single process, up to rounding to 8 bits."""

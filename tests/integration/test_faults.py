@@ -107,7 +107,7 @@ def finish(
     return end
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_killed_at_any_moment(command: list[str], tmp_path: Path, finish: Callable[[], Any]) -> None:
     chance = random.Random(0)
     for attempt in range(KILLS):
@@ -123,7 +123,7 @@ def test_a_rank_killed_at_any_moment(command: list[str], tmp_path: Path, finish:
     finish()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stopped_by_signals_at_any_moment(command: list[str], tmp_path: Path, finish: Callable[[], Any]) -> None:
     chance = random.Random(1)
     for attempt in range(KILLS):
@@ -137,7 +137,7 @@ def test_stopped_by_signals_at_any_moment(command: list[str], tmp_path: Path, fi
     finish()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_rank_cannot_write(command: list[str], tmp_path: Path, finish: Callable[[], Any]) -> None:
     """Its files may no longer grow (as with a full disk or quota): all ranks stop with one line, nothing is damaged."""
     run = Disturbed([*command, "ckpt_path=last"], tmp_path)
@@ -171,7 +171,7 @@ def test_one_byte_of_the_newest_has_changed(
     assert differences(state(tmp_path / "cut"), state(tmp_path / "whole")) == []
 
 
-@pytest.mark.slow  # mounts a file system
+@pytest.mark.long  # mounts a file system
 def test_a_full_disk(command: list[str], tmp_path: Path, finish: Callable[[], Any]) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()

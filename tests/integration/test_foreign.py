@@ -75,7 +75,7 @@ def test_only_checkpoints_of_this_run_are_removed(train_here: Train, tmp_path: P
     assert of_type(objects, CheckpointSaver).scores.keys() == {"step-00000004.ckpt", "step-00000006.ckpt"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("scores", [None, [], "x", {"step-00000003.ckpt": [1.0]}, {3: 1.0}])
 def test_a_state_of_another_kind_is_ignored(train_here: Train, tmp_path: Path, scores: Any) -> None:
     train_here("trainer.max_steps=3")
@@ -127,7 +127,7 @@ def test_the_best_checkpoint_is_this_runs(train_here: Train, tmp_path: Path) -> 
     assert Saved(best.with_name("best.ckpt")).path == best
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_a_former_version_is_resumed(train_here: Train, tmp_path: Path) -> None:
     """Its checkpoints are called `last-…` and `best-…`, and Lightning's callback kept the best."""
     train_here("trainer.max_steps=4", "callbacks.checkpoint.keep_last=3")
@@ -213,7 +213,7 @@ def test_a_run_from_elsewhere_is_judged_by_data_of_this_machine(
     assert list(victim.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_ones_own_is_taken_at_its_word(train_here: Train, tmp_path: Path) -> None:
     trained, _ = train_here(run="logs/train/runs/own")
     run = tmp_path / "logs" / "train" / "runs" / "own"

@@ -204,7 +204,7 @@ def test_skipping_for_ever_stops(run: Run, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize("strategy", ["deepspeed", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_two_processes_skip_and_roll_back(data_dir: Path, tmp_path: Path, strategy: str) -> None:
     command = [sys.executable, str(WORKER), str(tmp_path), f"paths.data_dir={data_dir}", f"trainer={strategy}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)

@@ -86,7 +86,8 @@ def rows(run: Path) -> list[tuple[int, str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("accumulate", "steps"),
-    [(1, (1, -2, 3, 4.5, -4, 5, 6, 9, 12.5, -12)), (2, (5, -6, 6, 8.5))],  # before the first checkpoint, behind it, …
+    # Before the first checkpoint, behind it, …
+    [pytest.param(1, (1, -2, 3, 4.5, -4, 5, 6, 9, 12.5, -12), marks=pytest.mark.long), (2, (5, -6, 6, 8.5))],
 )
 def test_a_run_killed_and_resumed_has_the_points_of_an_uninterrupted_one(
     train_here: Train, killed: Callable[..., None], tmp_path: Path, accumulate: int, steps: tuple[float, ...]
@@ -238,7 +239,7 @@ def wandb_records(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return config, rows
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_weights_and_biases_offline(run_script: Callable[..., Any], tmp_path: Path) -> None:
     """Curves, images and config in the run's folder; the same command resumes the run, as the same one of W&B's."""
     command = ["train.py", "logger=wandb", "ckpt_path=last"]

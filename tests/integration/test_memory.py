@@ -13,7 +13,12 @@ import pytest
     ("overrides", "recomputed", "batch_kept"),
     [
         (["trainer=cpu", "model.depth=16", "data.batch_size=64"], 0, True),
-        (["trainer=ddp_sim", "model.depth=24", "data.batch_size=32", "model.checkpointing.every=4"], 24, False),
+        pytest.param(
+            ["trainer=ddp_sim", "model.depth=24", "data.batch_size=32", "model.checkpointing.every=4"],
+            24,
+            False,
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["one process, all kept", "two processes, recomputed"],
 )

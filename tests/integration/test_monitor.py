@@ -95,8 +95,8 @@ def test_a_step_that_is_not_finite_goes_no_further(
     "options",
     [
         ["trainer=cpu", "trainer.accumulate_grad_batches=2"],
-        pytest.param(["trainer=ddp"], marks=pytest.mark.slow),
-        pytest.param(["trainer=fsdp"], marks=pytest.mark.slow),
+        pytest.param(["trainer=ddp"], marks=pytest.mark.long),
+        pytest.param(["trainer=fsdp"], marks=pytest.mark.long),
         pytest.param(["trainer=deepspeed", "trainer.accumulate_grad_batches=2"], marks=pytest.mark.slow),
     ],
     ids=["single", "ddp", "fsdp", "zero3"],

@@ -131,7 +131,7 @@ def test_without_the_probe_the_guard_judges_loss_and_gradient_norm(
     assert not (tmp_path / "run" / "stability" / "depth.csv").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_weight_with_two_names_is_resumed_and_read(train_other: Any, tmp_path: Path) -> None:
     objects, _ = train_other(node("Maps"), "callbacks.ema=null", "callbacks.sample_grid=null")
     trained = objects["module"].network.state_dict()

@@ -53,7 +53,7 @@ def disturbed(command: list[str], **what: object) -> list[str]:
     return [command[0], script, *command[2:], f"+callbacks.disturb={{_target_:disturbed_train.Disturb{keys}}}"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_before_the_step(
     script: Script, start: Callable[..., Job], tmp_path: Path
 ) -> None:
@@ -76,9 +76,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_before_the_step(
     ("number", "rank", "trainer"),
     [
         (signal.SIGKILL, 1, ["trainer=ddp_sim"]),
-        (signal.SIGKILL, 0, ["trainer=ddp_sim"]),
-        (signal.SIGSTOP, 1, ["trainer=ddp_sim"]),
-        (signal.SIGKILL, 1, ZERO3),
+        pytest.param(signal.SIGKILL, 0, ["trainer=ddp_sim"], marks=pytest.mark.long),
+        pytest.param(signal.SIGSTOP, 1, ["trainer=ddp_sim"], marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, 1, ZERO3, marks=pytest.mark.long),
     ],
     ids=["kill 1", "kill 0", "stop 1", "ZeRO-3 kill 1"],
 )
@@ -104,7 +104,7 @@ def test_a_lost_rank_ends_the_others(
     assert saved(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_lost_first_rank_that_is_only_stopped(script: Script, start: Callable[..., Job], tmp_path: Path) -> None:
     job = start(script("train.py", *LONG, WATCH, "trainer=ddp_sim"))
     job.until(lambda: saved(tmp_path))
@@ -116,7 +116,7 @@ def test_a_lost_first_rank_that_is_only_stopped(script: Script, start: Callable[
     assert job.ends() == 75
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_killed_before_the_ranks_are_connected(script: Script, start: Callable[..., Job]) -> None:
     for rank in (0, 1):
         job = start(script("train.py", *LONG, WATCH, "trainer=ddp_sim"))
@@ -126,7 +126,7 @@ def test_a_rank_killed_before_the_ranks_are_connected(script: Script, start: Cal
         assert "Traceback" not in job.text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("what", "rank", "status"), [("defect", 1, 1), ("mistake", 1, 2), ("defect", -1, 1)])
 def test_an_error_is_told_once_by_the_rank_that_has_it(
     script: Script, start: Callable[..., Job], what: str, rank: int, status: int
@@ -146,9 +146,9 @@ def test_an_error_is_told_once_by_the_rank_that_has_it(
     ("what", "when", "rank", "status", "step"),
     [
         ("SIGTERM", "validation", 1, 143, 10),  # the validation is finished, no step is added
-        ("SIGUSR1", "train", 1, 138, 8),
-        ("SIGUSR1+SIGTERM+SIGTERM", "save", 0, 138, 11),  # of step 10
-        ("SIGTERM", "test", 1, 143, 12),
+        pytest.param("SIGUSR1", "train", 1, 138, 8, marks=pytest.mark.long),
+        pytest.param("SIGUSR1+SIGTERM+SIGTERM", "save", 0, 138, 11, marks=pytest.mark.long),  # of step 10
+        pytest.param("SIGTERM", "test", 1, 143, 12, marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_any_rank_at_any_moment(
@@ -191,7 +191,7 @@ def test_torchrun_on_two_machines(script: Script, start: Callable[..., Job], tmp
     assert f"pid {worker}) has not answered for {TIMEOUT_S} s" in line
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_starts_again_in_the_same_folder(script: Script, start: Callable[..., Job], tmp_path: Path) -> None:
     steps = ["trainer.max_steps=40", "trainer.val_check_interval=40", "callbacks.checkpoint.every_n_steps=5"]
     command = script("train.py", *steps, WATCH, "trainer=ddp_sim", "ckpt_path=last")
@@ -218,7 +218,7 @@ WRONG_LAUNCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", WRONG_LAUNCHES)
 def test_a_wrong_launch_is_refused(script: Script, start: Callable[..., Job], kind: str) -> None:
     env, message = WRONG_LAUNCHES[kind]
@@ -248,7 +248,7 @@ def scontrol(tmp_path: Path) -> str:
     return f"{command.parent}:{os.environ['PATH']}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_signals_to_reading_processes_neither_end_the_run_nor_queue_it_again(
     script: Script, start: Callable[..., Job], tmp_path: Path
 ) -> None:
@@ -262,7 +262,7 @@ def test_signals_to_reading_processes_neither_end_the_run_nor_queue_it_again(
     assert last(runs(tmp_path)[0])["global_step"] == 12
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_slurm_job_is_queued_again_and_goes_on(script: Script, start: Callable[..., Job], tmp_path: Path) -> None:
     path = scontrol(tmp_path)
     steps = ["trainer.max_steps=400", "trainer.val_check_interval=400", "callbacks.checkpoint.every_n_steps=5"]

@@ -39,7 +39,7 @@ def losses(run: Path) -> list[float]:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_strategies_hand_a_run_to_each_other(run_script: Run, tmp_path: Path) -> None:
     steps = 2 * len(CHAIN)
     whole = run_script("train.py", *ONE, *CPU, f"trainer.max_steps={steps}", "task_name=whole")
@@ -88,7 +88,7 @@ def test_strategies_hand_a_run_to_each_other(run_script: Run, tmp_path: Path) ->
     assert pictures[0] == pictures[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sharded_average_is_the_average_to_the_bit(
     run_script: Run, tmp_path: Path, config: Callable[..., DictConfig]
 ) -> None:

@@ -141,7 +141,7 @@ def test_two_processes_draw_what_one_draws(
         assert files(place) == whole
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_the_middle_it_redoes_no_batch(
     run_folder: Path,
     sample_here: Callable[..., Path],
@@ -172,7 +172,7 @@ def test_killed_in_the_middle_it_redoes_no_batch(
     assert files(out) == whole
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
 def test_a_sharded_checkpoint_gives_the_same_files(
     run_folder: Path, sample_here: Callable[..., Path], run_script: Script, tmp_path: Path, strategy: str

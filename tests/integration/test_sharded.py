@@ -104,7 +104,9 @@ def train_alone(module: Any, records: list[dict[str, Any]], accumulate: int) -> 
     ("strategy", "every", "accumulate"),
     [
         ("deepspeed", 2, 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("deepspeed", 0, 1), ("fsdp", 2, 2), ("ddp", 0, 1))),
+        pytest.param("fsdp", 2, 2, marks=pytest.mark.slow),
+        pytest.param("deepspeed", 0, 1, marks=pytest.mark.long),
+        pytest.param("ddp", 0, 1, marks=pytest.mark.long),
     ],
 )
 def test_two_ranks_train_what_one_process_trains(worker: Worker, strategy: str, every: int, accumulate: int) -> None:
@@ -136,7 +138,9 @@ DEEP = ["model=tiny", "model.depth=200", "model.width=64", "model.num_heads=4", 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp", "ddp_sim"])
+@pytest.mark.parametrize(
+    "strategy", ["deepspeed", *(pytest.param(name, marks=pytest.mark.long) for name in ("fsdp", "ddp_sim"))]
+)
 def test_a_step_in_bf16_is_that_of_a_float32_process(worker: Worker, strategy: str) -> None:
     """200 blocks on two ranks in bf16-mixed: gradient and optimiser step of one float32 process with these weights.
 
@@ -181,7 +185,7 @@ WATCHED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_mean_mode_is_measured_alike(worker: Worker, tmp_path: Path) -> None:
     # All samples' attention is looked at, or it would be other samples that each process looks at.
     watch = ["trainer.max_steps=5", "callbacks.monitor.probe.every=2", "callbacks.monitor.probe.blocks=3",
@@ -202,10 +206,10 @@ def test_the_mean_mode_is_measured_alike(worker: Worker, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "options",
     [
-        ["trainer=deepspeed", "trainer.devices=1"],
-        ["trainer=fsdp", "trainer.devices=1"],
         ["trainer=deepspeed", "trainer.precision=bf16-mixed"],
-        ["trainer=fsdp", "trainer.precision=bf16-mixed"],
+        pytest.param(["trainer=deepspeed", "trainer.devices=1"], marks=pytest.mark.long),
+        pytest.param(["trainer=fsdp", "trainer.devices=1"], marks=pytest.mark.long),
+        pytest.param(["trainer=fsdp", "trainer.precision=bf16-mixed"], marks=pytest.mark.long),
     ],
     ids=lambda options: "_".join(o.partition("=")[2] for o in options),
 )
@@ -223,7 +227,7 @@ def test_initial_weights_are_the_seeds_whatever_runs(worker: Worker, options: li
             assert bool((weight == weight.new_tensor(4**-0.5)).all()), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
 def test_construction_holds_a_share_and_a_few_blocks(worker: Worker, strategy: str) -> None:
     depth, width = 64, 512

@@ -192,7 +192,7 @@ def test_train_killed_and_resumed_on_other_ranks_and_workers(
     assert recorded(folders, 8) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_process_killed_and_resumed_ends_with_the_very_weights(
     script: Callable[..., list[str]], run_script: Run, tmp_path: Path
 ) -> None:
@@ -221,7 +221,7 @@ def test_one_process_killed_and_resumed_ends_with_the_very_weights(
     assert differences(state(one), state(two)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("first", "then"), [(1, 4), (4, 1), (2, 4)])
 def test_resumed_with_other_micro_batches(train_here: Train, tmp_path: Path, first: int, then: int) -> None:
     """Other micro-batches than before the stop: every step still sees its whole batch, and no validation is lost."""
@@ -240,7 +240,7 @@ def test_resumed_with_other_micro_batches(train_here: Train, tmp_path: Path, fir
     assert "val/loss" in metrics
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_state_that_does_not_fit_the_step_is_refused(train_here: Train, tmp_path: Path) -> None:
     train_here("trainer.max_steps=4")
     saved = Saved(tmp_path / "run" / "checkpoints" / "last.ckpt")
@@ -277,7 +277,7 @@ def test_a_damaged_sample_stops_the_run_by_default(train_here: Train, tmp_path: 
         train_here(*on(tmp_path / "set"), "trainer.max_steps=20")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_substitutes_are_counted_exactly_and_shown(train_here: Train, tmp_path: Path, data_dir: Path) -> None:
     """An epoch of 100 with five gone: five substitutes, twice in two epochs, also after a resume."""
     folder = tmp_path / "set"
@@ -297,7 +297,7 @@ def test_substitutes_are_counted_exactly_and_shown(train_here: Train, tmp_path: 
     assert objects["datamodule"].counts["train"].samples == 300
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_finish_an_epoch_with_a_tenth_of_the_shards_destroyed(run_script: Run, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     shards(folder, 200, 10)
@@ -314,7 +314,7 @@ def test_two_ranks_finish_an_epoch_with_a_tenth_of_the_shards_destroyed(run_scri
     assert not any("train-000004.tar" in key or "train-000011.tar" in key for key in keys.values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_stop_together_and_report_once(run_script: Run, tmp_path: Path) -> None:
     """A sample that only one rank reads, damaged after indexing: both stop at that step, one line is printed."""
     folder = tmp_path / "set"
@@ -362,7 +362,7 @@ def test_training_from_an_unreliable_server(train_here: Train, tmp_path: Path, d
         assert differences(weights(tmp_path / "disk"), weights(tmp_path / name)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_remote_set_killed_in_its_first_epoch_is_resumed_by_others(
     script: Callable[..., list[str]], run_script: Run, tmp_path: Path
 ) -> None:
@@ -395,7 +395,7 @@ def test_a_remote_set_killed_in_its_first_epoch_is_resumed_by_others(
     assert recorded([cut, *runs(tmp_path, "other")], 8) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sets_too_large_to_index_stream_through_webdataset(
     train_here: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,7 +409,7 @@ def test_sets_too_large_to_index_stream_through_webdataset(
     assert objects["trainer"].global_step == 10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("action", ["fatal", "substitute"])
 @pytest.mark.parametrize("what", ["undecodable", "empty tars", "no tars", "a class too high"])
 def test_a_stream_of_nothing_but_damage_ends(train_here: Train, tmp_path: Path, action: str, what: str) -> None:
@@ -431,7 +431,7 @@ def test_a_stream_of_nothing_but_damage_ends(train_here: Train, tmp_path: Path, 
         train_here(*options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_all_processes_is_one_to_the_run(script: Callable[..., list[str]], tmp_path: Path) -> None:
     """As schedulers send it, also to worker processes. The run saves and ends as intended, without a traceback."""
     command = script("train.py", *STREAM, "data.num_workers=2", "trainer.max_steps=4000", "task_name=all")

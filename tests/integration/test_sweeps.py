@@ -37,7 +37,7 @@ def test_optuna_chooses_four_trials_and_names_the_best(run_script: Run, tmp_path
     assert f"val/loss = {best['val/loss']}, {best['folder']}\n" in result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_wrong_trial_is_refused_before_a_folder_is_made(run_script: Run, tmp_path: Path) -> None:
     result = run_script("train.py", "hparams_search=optuna", "model.depth=0")
     assert result.returncode == 2
@@ -45,7 +45,7 @@ def test_a_wrong_trial_is_refused_before_a_folder_is_made(run_script: Run, tmp_p
     assert not (tmp_path / "logs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_submitit_starts_a_process_per_job(run_script: Run, tmp_path: Path) -> None:
     """The second job fails by a user's mistake, which its process reports."""
     (tmp_path / "empty").mkdir()
@@ -83,7 +83,7 @@ exec "$@"
 """Stand-ins for SLURM's commands: one array of two jobs, run at once."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_submitit_hands_jobs_to_slurm(run_script: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()
@@ -102,7 +102,7 @@ def test_submitit_hands_jobs_to_slurm(run_script: Run, tmp_path: Path, monkeypat
     assert [(row["seed"], row["status"]) for row in results(tmp_path)] == [("0", "finished"), ("1", "finished")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_slurm_one_line_says_what_to_use(run_script: Run, tmp_path: Path) -> None:
     result = run_script("train.py", "-m", "hydra/launcher=submitit_slurm", "seed=0,1")
     assert result.returncode == 2

@@ -105,7 +105,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(train_here: Train
     assert differences(weights(tmp_path / "a"), weights(tmp_path / "c")) != []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accumulated_micro_batches_give_the_same_weights(train_here: Train, tmp_path: Path) -> None:
     train_here(run="whole")
     train_here("trainer.accumulate_grad_batches=4", "trainer.val_check_interval=12", run="parts")
@@ -129,7 +129,7 @@ class Stop(Callback):
 
 
 @pytest.mark.parametrize(
-    "step", [pytest.param(0, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow)]
+    "step", [pytest.param(0, marks=pytest.mark.long), 2, 3, pytest.param(4, marks=pytest.mark.long)]
 )  # 2: right after a save; 3: right after a validation
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_at_any_step_and_resumed_is_uninterrupted(
@@ -209,7 +209,7 @@ def test_debug_modes(train_here: Train, tmp_path: Path, mode: str) -> None:
         assert trainer.num_val_batches == [2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_debug_overfit_learns_its_samples_by_heart(train_here: Train) -> None:
     options = ["debug=overfit", "optim.warmup_steps=10", "trainer.val_check_interval=150", "trainer.max_steps=150"]
     _, objects = train_here(*options, "trainer.fast_dev_run=true", run="short")

@@ -70,7 +70,7 @@ def test_a_resumed_classifier_is_the_uninterrupted_one_to_the_bit(classify: Trai
     assert parts["test/accuracy"] == whole["test/accuracy"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_of_zero_3_train_the_same_classifier(classify: Train, data_dir: Path, tmp_path: Path) -> None:
     options = [*SHORT, "trainer.precision=32-true", "test=false"]
     classify("alone", *options)

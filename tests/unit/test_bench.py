@@ -36,7 +36,7 @@ def numbers(tree: Any) -> Iterator[float]:
         yield from numbers(value) if isinstance(value, dict) else [value]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_figures_are_there_and_nothing_is_left(run_script: Run, tmp_path: Path, monkeypatch: Any) -> None:
     short = tempfile.mkdtemp(dir="/tmp")  # reading processes put sockets there, whose paths must be short
     monkeypatch.setenv("TMPDIR", short)
@@ -77,7 +77,7 @@ def test_an_unknown_benchmark_is_reported_in_one_line() -> None:
     assert bench.split_command(["bench.py", "-m", "data", "rounds=1"]) == ("data", ["bench.py", "-m", "rounds=1"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_depth_is_measured_by_real_runs(run_script: Run, data_dir: Path, tmp_path: Path) -> None:
     tiny = ["depths=[2,4]", "steps=3", "rounds=1", f"paths.data_dir={data_dir}"]
     done = run_script("bench.py", "depth", *tiny)
@@ -134,7 +134,7 @@ def test_latents_are_read_faster_than_by_plain_webdataset(tmp_path: Path) -> Non
     assert ratios["webdataset"]["max"] >= 1.5  # 4 on an idle machine
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cost_of_monitoring_is_measured(run_script: Run, tmp_path: Path) -> None:
     tiny = ["steps=18", "limits.cheap=1e9", "limits.full=1e-9", 'overrides=["model=tiny","data.batch_size=4"]']
     done = run_script("bench.py", "stability", *tiny)
@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_created_is_reported_with_its_key(tmp_path: Path
         frame.own_folder(tmp_path / "file" / "device")
     config = to_plain(compose_config(f"folder={tmp_path}/file/x", "paths.output_dir=/nowhere", name="ablate.yaml"))
     with pytest.raises(UserError, match=r"^folder = .*x: cannot be created \(Not a directory\)$"):
-        ablation.run_all(config, lambda *_: {}, lambda *_: {})
+        ablation.run_all(config, ablation.all_runs(config), lambda *_: {}, lambda *_: {})
 
 
 def test_the_pause_of_a_save_is_a_median_without_the_first() -> None:

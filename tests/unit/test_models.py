@@ -181,7 +181,7 @@ def test_sample_embeddings_run_through_the_network() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [MVSplit, SiameseNorm])
+@pytest.mark.parametrize("kind", [MVSplit, pytest.param(SiameseNorm, marks=pytest.mark.long)])
 def test_a_compiled_block_computes_the_same_and_serves_all(kind: type[Residual]) -> None:
     from torch._dynamo.utils import counters
 

@@ -246,7 +246,7 @@ def test_watching_changes_no_bit() -> None:
             assert precision.relative(found[f"blocks.4.{weight}.weight"], parts) < 2**-8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_compiled_block_takes_the_same_types(autocast: bool) -> None:
     dtype = torch.float32 if autocast else HALF
@@ -285,7 +285,7 @@ def test_the_network_copies_nothing_between_host_and_device() -> None:
 # ------------------------------------------------------------------------------ the command
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bench_precision_reports_errors_and_costs(
     run_script: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

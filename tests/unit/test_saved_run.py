@@ -240,7 +240,7 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_network_is_read_in_memory_for_one_copy(config: Callable[..., DictConfig], tmp_path: Path) -> None:
     size = to_plain(config("model.width=1024", "model.depth=2", "model.num_heads=16"))

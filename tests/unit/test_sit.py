@@ -220,7 +220,7 @@ def test_checkpointing_leaves_the_gradients_as_they_are(options: dict[str, objec
     assert len(plain) == len(dict(tiny().named_parameters()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_block_computes_the_same_and_serves_all_of_them() -> None:
     from torch._dynamo.utils import counters
 

@@ -107,7 +107,7 @@ print(TrainedClassifier.fit(reader(folder, "train"), 10, reader(folder, "val")).
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_processor_without_wide_instructions_finds_the_same_weights(fitted: TrainedClassifier, digits: Path) -> None:
     folders = [PROJECT_ROOT / "src", PROJECT_ROOT / "tests" / "support", Path(__file__).parent]
     old = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}

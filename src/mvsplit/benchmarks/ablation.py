@@ -74,8 +74,8 @@ def describe(questions: Questions) -> dict[str, Any]:
     return {"variants": [{"name": name, "question": question, "overrides": o} for question, name, o in rows]}
 
 
-def run_all(config: dict[str, Any], compose: Compose, train: Train) -> list[VariantRun]:
-    """Train all runs without a result.
+def run_all(config: dict[str, Any], runs: list[VariantRun], compose: Compose, train: Train) -> list[VariantRun]:
+    """Train those of `all_runs(config)` that have no result.
 
     Returns:
         The runs that failed.
@@ -85,7 +85,6 @@ def run_all(config: dict[str, Any], compose: Compose, train: Train) -> list[Vari
             another process is working in the folder.
     """
     folder = Path(config["folder"]).resolve()
-    runs = all_runs(config)
     create(folder)
     with locked(folder):
         left = unfinished(runs)

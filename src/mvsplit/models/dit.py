@@ -10,7 +10,7 @@ from its input (paper: a linear probe on the image-token mean predicts t with RÂ
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -94,6 +94,25 @@ def check_compiler(compile: bool) -> None:
         raise ValueError(f"model.compile = True: needs {header} (apt install python3-dev); use false without it")
 
 
+def build_blocks(blocks: Iterable[Compilable], compile: bool) -> nn.ModuleList:
+    """The blocks in a list, one by one, because sharded strategies shard each as it is built."""
+    built = nn.ModuleList()
+    for block in blocks:
+        if compile:
+            block.compiled = torch.compile(block.compute, fullgraph=True)
+        built.append(block)
+    return built
+
+
+def check_sizes(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: bool) -> None:
+    """Raise `ValueError` for what fits no transformer of patches; called before anything is built."""
+    if any(side % patch_size for side in image_size):
+        raise ValueError(f"model.patch_size = {patch_size}: must divide the image size {list(image_size)}")
+    if width % num_heads:
+        raise ValueError(f"model.width = {width}: must be divisible by model.num_heads = {num_heads}")
+    check_compiler(compile)
+
+
 class PatchTransformer(nn.Module):
     """Image patches and a second segment of tokens in one trunk; subclasses add what reads the result.
 
@@ -150,13 +169,12 @@ class PatchTransformer(nn.Module):
         self.context = context(width=width)
         self.segments: Segments = (self.rows * self.columns, self.context.num_tokens)
         self.patch_proj = Linear(self.patch_dim, width, bias=True)
-        self.blocks = nn.ModuleList()
-        for number in range(1, depth + 1):  # one by one: sharded strategies shard each as it is built
-            block = Block(width, depth, number, num_heads, hidden or 3 * width, residual, qk_eps)
-            if compile:
-                block.compiled = torch.compile(block.compute, fullgraph=True)
-            self.blocks.append(block)
-        self.normalise_output = not block.residual2.normalises_output
+        hidden = hidden or 3 * width
+        numbers = range(1, depth + 1)
+        blocks = (Block(width, depth, number, num_heads, hidden, residual, qk_eps) for number in numbers)
+        self.blocks = build_blocks(blocks, compile)
+        last: Block = self.blocks[-1]  # type: ignore[assignment]
+        self.normalise_output = not last.residual2.normalises_output
         tables = rope_table(self.rows, self.columns, width // num_heads, rope_theta, self.context.num_tokens)
         # As integers, (2, T, D/H): `network.bfloat16()` and its like round buffers of floats and leave these alone.
         self.rope: Tensor
@@ -165,13 +183,9 @@ class PatchTransformer(nn.Module):
     @staticmethod
     def check(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: bool) -> None:
         """Raise `ValueError` for sizes that do not fit; called on the composed config before anything is built."""
-        if any(side % patch_size for side in image_size):
-            raise ValueError(f"model.patch_size = {patch_size}: must divide the image size {list(image_size)}")
-        if width % num_heads:
-            raise ValueError(f"model.width = {width}: must be divisible by model.num_heads = {num_heads}")
+        check_sizes(image_size, patch_size, width, num_heads, compile)
         if (head_dim := width // num_heads) % 4:
             raise ValueError(f"model.num_heads = {num_heads}: width / num_heads = {head_dim} must be divisible by 4")
-        check_compiler(compile)
 
     @property
     def rope_tables(self) -> tuple[Tensor, Tensor]:

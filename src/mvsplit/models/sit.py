@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from mvsplit.kernels.merge_norm import upcast
 from mvsplit.models.conditioning import ClassContext
-from mvsplit.models.dit import Compilable, check_compiler, patchify, unpatchify
+from mvsplit.models.dit import Compilable, build_blocks, check_sizes, patchify, unpatchify
 from mvsplit.models.layers import Linear, normal_like
 from mvsplit.models.recompute import Checkpointing
 
@@ -249,12 +249,7 @@ class SiT(nn.Module):
         self.patch_proj = Dense(patch_size**2 * channels, width)
         self.time = TimeEmbedding(width)
         self.classes = ClassEmbedding(width, num_classes)
-        self.blocks = nn.ModuleList()
-        for _ in range(depth):  # one by one: sharded strategies shard each as it is built
-            block = SiTBlock(width, num_heads, hidden or 4 * width)
-            if compile:
-                block.compiled = torch.compile(block.compute, fullgraph=True)
-            self.blocks.append(block)
+        self.blocks = build_blocks((SiTBlock(width, num_heads, hidden or 4 * width) for _ in range(depth)), compile)
         self.final = FinalLayer(width, patch_size**2 * channels * (2 if learn_sigma else 1))
         # As integers, (T, D): `network.bfloat16()` and its like round buffers of floats and leave these alone.
         self.position: Tensor
@@ -264,13 +259,9 @@ class SiT(nn.Module):
     @staticmethod
     def check(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: bool) -> None:
         """Raise `ValueError` for sizes that do not fit; called on the composed config before anything is built."""
-        if any(side % patch_size for side in image_size):
-            raise ValueError(f"model.patch_size = {patch_size}: must divide the image size {list(image_size)}")
-        if width % num_heads:
-            raise ValueError(f"model.width = {width}: must be divisible by model.num_heads = {num_heads}")
+        check_sizes(image_size, patch_size, width, num_heads, compile)
         if width % 4:
             raise ValueError(f"model.width = {width}: must be divisible by 4")
-        check_compiler(compile)
 
     def forward(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Velocity at z. z: (B, C, height, width); t: (B,); condition: (B,) classes. Returns z's shape and dtype."""
