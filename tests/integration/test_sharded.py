@@ -227,8 +227,8 @@ def test_initial_weights_are_the_seeds_whatever_runs(worker: Worker, options: li
             assert bool((weight == weight.new_tensor(4**-0.5)).all()), name
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.long)])
 def test_construction_holds_a_share_and_a_few_blocks(worker: Worker, strategy: str) -> None:
     depth, width = 64, 512
     sizes = [f"model.depth={depth}", f"model.width={width}", "model.num_heads=4", "trainer.accelerator=cpu"]

@@ -18,7 +18,7 @@ from mvsplit.data.shard_encoder import write_json
 from mvsplit.data.shard_writer import write_shard
 from mvsplit.data.tar_scan import Shard
 from mvsplit.utils.entry import explain
-from mvsplit.utils.files import whole_file
+from mvsplit.utils.files import remove_partial, whole_file
 
 LARGE = ShardIndex("there", [Shard("a.tar", 10**9, samples=50_000)], {"label": np.arange(50_000)})
 WRITERS: dict[str, Callable[[Path], Any]] = {
@@ -107,3 +107,19 @@ def test_preparing_removes_only_what_it_made(tmp_path: Path) -> None:
     assert (theirs / "thesis.tex").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [theirs.name, "set"]
     assert len(list((tmp_path / "set").iterdir())) == 2
+
+
+def test_leftovers_of_killed_processes_are_removed_but_nothing_behind_a_link(tmp_path: Path) -> None:
+    folder, other = tmp_path / "set", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    for name in ("a.png.12.partial", "a.png", "b.partial", "12.partial.txt"):
+        (folder / name).touch()
+        (other / name).touch()
+    (folder / "linked.34.partial").symlink_to(other / "a.png.12.partial")
+    (folder / "linked").symlink_to(other)
+    remove_partial(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["12.partial.txt", "a.png", "b.partial", "linked"]
+    remove_partial(folder / "linked")
+    remove_partial(folder / "nowhere")
+    assert len(list(other.iterdir())) == 4

@@ -25,7 +25,7 @@ from mvsplit.data.shard_writer import write_shard
 from mvsplit.evaluation.npz_files import write_npz
 from mvsplit.utils.console import progress
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.files import whole_file
+from mvsplit.utils.files import remove_partial, whole_file
 from mvsplit.utils.flat import dotted
 from mvsplit.utils.images import save_png
 from mvsplit.utils.limits import parse_json, read_small
@@ -81,6 +81,8 @@ class SampleSet:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock", timeout=0):
+                for folder in (self.folder, *(self.folder / name for name in ("parts", "png", "shards"))):
+                    remove_partial(folder)
                 with whole_file(self.folder / "settings.json") as file:
                     file.write(json.dumps(self.settings, indent=1).encode())
                 yield

@@ -94,14 +94,12 @@ def check_compiler(compile: bool) -> None:
         raise ValueError(f"model.compile = True: needs {header} (apt install python3-dev); use false without it")
 
 
-def build_blocks(blocks: Iterable[Compilable], compile: bool) -> nn.ModuleList:
-    """The blocks in a list, one by one, because sharded strategies shard each as it is built."""
-    built = nn.ModuleList()
-    for block in blocks:
+def append_blocks(blocks: nn.ModuleList, new: Iterable[Compilable], compile: bool) -> None:
+    """Append blocks one by one: sharded strategies shard each as soon as the network's `blocks` gets it."""
+    for block in new:
         if compile:
             block.compiled = torch.compile(block.compute, fullgraph=True)
-        built.append(block)
-    return built
+        blocks.append(block)
 
 
 def check_sizes(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: bool) -> None:
@@ -171,8 +169,9 @@ class PatchTransformer(nn.Module):
         self.patch_proj = Linear(self.patch_dim, width, bias=True)
         hidden = hidden or 3 * width
         numbers = range(1, depth + 1)
-        blocks = (Block(width, depth, number, num_heads, hidden, residual, qk_eps) for number in numbers)
-        self.blocks = build_blocks(blocks, compile)
+        self.blocks = nn.ModuleList()
+        new = (Block(width, depth, number, num_heads, hidden, residual, qk_eps) for number in numbers)
+        append_blocks(self.blocks, new, compile)
         last: Block = self.blocks[-1]  # type: ignore[assignment]
         self.normalise_output = not last.residual2.normalises_output
         tables = rope_table(self.rows, self.columns, width // num_heads, rope_theta, self.context.num_tokens)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from mvsplit.kernels.merge_norm import upcast
 from mvsplit.models.conditioning import ClassContext
-from mvsplit.models.dit import Compilable, build_blocks, check_sizes, patchify, unpatchify
+from mvsplit.models.dit import Compilable, append_blocks, check_sizes, patchify, unpatchify
 from mvsplit.models.layers import Linear, normal_like
 from mvsplit.models.recompute import Checkpointing
 
@@ -249,7 +249,8 @@ class SiT(nn.Module):
         self.patch_proj = Dense(patch_size**2 * channels, width)
         self.time = TimeEmbedding(width)
         self.classes = ClassEmbedding(width, num_classes)
-        self.blocks = build_blocks((SiTBlock(width, num_heads, hidden or 4 * width) for _ in range(depth)), compile)
+        self.blocks = nn.ModuleList()
+        append_blocks(self.blocks, (SiTBlock(width, num_heads, hidden or 4 * width) for _ in range(depth)), compile)
         self.final = FinalLayer(width, patch_size**2 * channels * (2 if learn_sigma else 1))
         # As integers, (T, D): `network.bfloat16()` and its like round buffers of floats and leave these alone.
         self.position: Tensor

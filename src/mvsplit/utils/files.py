@@ -1,6 +1,7 @@
 """Files that are either complete or absent."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,3 +29,15 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes left of `whole_file`s in a folder, of which no other process may be writing any.
+
+    Nothing is removed through a link: neither in a linked folder nor the file that a link names.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if re.search(r"\.\d+\.partial$", path.name) and (path.is_symlink() or path.is_file()):
+            path.unlink(missing_ok=True)
