@@ -226,8 +226,8 @@ def test_a_compiled_block_computes_the_same_and_serves_all_of_them() -> None:
 
     counters.clear()
     plain, compiled = steps(awake(tiny())), steps(awake(tiny(compile=True)))
-    for name, grad in plain.items():
-        torch.testing.assert_close(compiled[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+    for name, grad in plain.items():  # by norm: single values of gradients this large are differences of large terms
+        assert ((compiled[name] - grad).norm() / grad.norm()).item() < 1e-5, name
     assert counters["stats"]["unique_graphs"] <= 2
 
 
