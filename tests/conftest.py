@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,9 @@ from mvsplit.utils.run_dirs import PROJECT_ROOT
 SRC = PROJECT_ROOT / "src"
 SUPPORT = Path(__file__).parent / "support"
 """Helpers, and scripts that tests start."""
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in its background like this, and the commands that tests interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny networks: threads cost more than they give
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
 
