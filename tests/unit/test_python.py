@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SMALL
 from omegaconf import DictConfig
-from test_saved_run import save
+from random_weights import random_run
 
 import mvsplit
 from mvsplit import build, compose, load_run
@@ -23,11 +23,7 @@ from mvsplit.utils.run_dirs import PROJECT_ROOT
 
 @pytest.fixture
 def run(config: Callable[..., DictConfig], tmp_path: Path) -> Path:
-    """Folder of a run of random weights, in the log folder."""
-    folder = tmp_path / "logs" / "train" / "runs" / "a"
-    folder.mkdir(parents=True)
-    save(to_plain(config()), folder, {"weights": 0.1, "ema": 0.2})
-    return folder
+    return random_run(to_plain(config()), tmp_path)
 
 
 def test_the_lines_of_the_readme(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

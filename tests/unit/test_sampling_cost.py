@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import compose_config
 from omegaconf import DictConfig
-from test_saved_run import save
+from random_weights import random_run
 
 import bench
 from mvsplit.benchmarks import sampling_by_depth, sampling_cost, sampling_quality
@@ -107,11 +107,7 @@ def test_the_statement_names_what_is_saved() -> None:
 
 @pytest.fixture
 def run(config: Callable[..., DictConfig], tmp_path: Path) -> Path:
-    """Folder of a run of random weights, in the log folder."""
-    folder = tmp_path / "logs" / "train" / "runs" / "a"
-    folder.mkdir(parents=True)
-    save(to_plain(config()), folder, {"weights": 0.1, "ema": 0.2})
-    return folder
+    return random_run(to_plain(config()), tmp_path)
 
 
 @pytest.mark.slow

@@ -14,30 +14,14 @@ import pytest
 import torch
 import yaml
 from omegaconf import DictConfig
+from random_weights import save
 from torch import Tensor, nn
 
-from mvsplit.training.checkpoint_format import COMPLETE, MANIFEST, Saved, Slice, Tensors
-from mvsplit.training.checkpoint_writer import CheckpointWriter
+from mvsplit.training.checkpoint_format import COMPLETE, MANIFEST, Saved, Tensors
 from mvsplit.training.checkpoints import NETWORK, convert
 from mvsplit.training.saved_run import SavedRun, parameters_on_meta
 from mvsplit.utils.config import build, to_plain
 from mvsplit.utils.errors import UserError
-
-
-def save(config: dict[str, Any], run: Path, scale: dict[str, float], draw: Callable[..., Tensor] = torch.randn) -> Path:
-    """A checkpoint of drawn weights, in each kind times its scale."""
-    torch.manual_seed(3)
-    with parameters_on_meta():
-        network = build(config["model"])()
-    tensors: dict[str, dict[str, Slice]] = {}
-    for kind, factor in scale.items():
-        values = {name: factor * draw(value.shape) for name, value in network.state_dict().items()}
-        tensors[kind] = {NETWORK + name: Slice.whole(value) for name, value in values.items()}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    path = run / "checkpoints" / "last-00000005.ckpt"
-    path.parent.mkdir()
-    CheckpointWriter(path, {"global_step": 5}, tensors).run()
-    return path
 
 
 @pytest.fixture
