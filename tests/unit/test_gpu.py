@@ -5,7 +5,9 @@ import functools
 import pytest
 import torch
 
+from mvsplit.flow.graph_replay import GraphReplay
 from mvsplit.flow.objective import Flow, velocity_loss
+from mvsplit.flow.sampler import Sampler
 from mvsplit.kernels.merge_norm import merge_norm
 from mvsplit.models.conditioning import ClassTokens
 from mvsplit.models.dit import DiT
@@ -45,3 +47,17 @@ def test_loss_of_a_deep_network() -> None:
         for d in ("cpu", "cuda")
     ]
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+
+
+def test_replayed_sampling_gives_the_same_samples_for_all_batch_sizes() -> None:
+    torch.manual_seed(0)
+    make = functools.partial(MVSplit, writer_init="standard")
+    network = DiT([8, 8], 1, 2, 20, 64, 4, functools.partial(ClassTokens, num_classes=10), make).eval().cuda()
+    torch.nn.init.normal_(network.final_proj.weight, std=0.1)
+    replay, sampler = GraphReplay(network), Sampler("heun", 4, cfg_scale=2.0, cfg_interval=[0.1, 0.9])
+    noise, labels = torch.randn(8, 1, 8, 8).cuda(), torch.arange(8).cuda()
+    for size in (8, 8, 5, 1):
+        expected = sampler.sample(network, labels[:size], noise[:size])
+        got = sampler.sample(replay, labels[:size], noise[:size])
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert len(replay._recorded) == 4, "guided and unguided of two sizes; the others are called as usual"

@@ -128,7 +128,7 @@ class Candidate:
         network: Any = copy.deepcopy(case.network)
         network.trunk = trunk
         for block in network.blocks:
-            block.compiled = None  # the copy would still use the original's weights
+            block.compiled = False
         self.network = network.to(dtype)
         self.inputs, self.device = case.inputs, case.inputs[0].device
         self.autocast = way.startswith("autocast")

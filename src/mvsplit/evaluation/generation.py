@@ -19,7 +19,9 @@ from mvsplit import __version__
 from mvsplit.data.latent_space import LatentDecoder
 from mvsplit.evaluation.sample_set import SampleSet, choose_labels
 from mvsplit.evaluation.weight_files import weights_sha256
+from mvsplit.flow.graph_replay import GraphReplay
 from mvsplit.flow.sampler import Sampler, sample_noise
+from mvsplit.models.compiled import compile_if_repaid
 from mvsplit.training.saved_run import SavedRun
 from mvsplit.utils.console import progress, track
 from mvsplit.utils.devices import on_gpus
@@ -73,8 +75,18 @@ class Generator(torch.nn.Module):
         dtype = getattr(torch, precision)
         self.saved, self.guided_by = saved, guide
         self.network = saved.network.to(dtype)
-        self.guide = guide.network.to(dtype) if guide is not None else None
+        self.guide: Any = guide.network.to(dtype) if guide is not None else None
+        self._replayed = GraphReplay(self.network)
+        self._guide_replayed = GraphReplay(self.guide) if self.guide is not None else None
         self.sampler, self.seed, self.time_shift, self.decoder = sampler, seed, saved.flow.time_shift, decoder
+
+    def expect(self, count: int, batch_size: int) -> bool:
+        """Prepare for this many samples in batches; whether the network's blocks are compiled for them."""
+        passes = -(-count // batch_size) * self.sampler.calls
+        size = min(count, batch_size) * (2 if self.sampler.doubles else 1)
+        if self.guide is not None:
+            compile_if_repaid(self.guide, passes, size, training=False)
+        return compile_if_repaid(self.network, passes, size, training=False)
 
     @cached_property
     def image_shape(self) -> tuple[int, ...]:
@@ -85,7 +97,7 @@ class Generator(torch.nn.Module):
     def draw(self, index: Tensor, labels: Tensor) -> Tensor:
         """Samples number `index` (B,) of the classes `labels` (B,), both on the network's device; not decoded."""
         noise = sample_noise(self.seed, index, self.network.input_shape)
-        return self.sampler.sample(self.network, labels, noise, self.time_shift, self.guide)
+        return self.sampler.sample(self._replayed, labels, noise, self.time_shift, self._guide_replayed)
 
     def samples(self, index: Tensor, labels: Tensor) -> Tensor:
         """The same, decoded if there is a decoder."""
@@ -99,6 +111,7 @@ def draw(generator: Generator, classes: Sequence[int], batch_size: int) -> Tenso
     generator.to(device)
     if generator.decoder is not None:
         generator.decoder.to(device)
+    generator.expect(len(classes), batch_size)
     labels, index = torch.tensor(classes, device=device), torch.arange(len(classes), device=device)
     batches = list(zip(labels.split(batch_size), index.split(batch_size), strict=True))
     return torch.cat([generator.samples(i, label).cpu() for label, i in track(batches, "sampling")])
@@ -114,7 +127,8 @@ def settings_of(generator: Generator, chosen: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         generator: of the samples.
-        chosen: `num_samples`, `batch_size`, `seed`, `labels`, `classes`, `weights`, `precision`, `device`.
+        chosen: `num_samples`, `batch_size`, `seed`, `labels`, `classes`, `weights`, `precision`, `device`,
+            `compiled`.
     """
     saved, guide, sampler, decoder = generator.saved, generator.guided_by, generator.sampler, generator.decoder
     solver = asdict(sampler) | {"time_shift": sampler.time_shift or saved.flow.time_shift}
@@ -180,6 +194,8 @@ def complete_set(generator: Generator, config: dict[str, Any], watch: Any) -> Sa
     check_classes(generator.saved, classes)
     chosen = {key: config[key] for key in ("num_samples", "batch_size", "seed", "labels", "weights", "precision")}
     chosen |= {"classes": config["classes"], "device": "GPU" if on_gpus(devices["accelerator"]) else "CPU"}
+    # By the whole set: neither the number of processes nor what is already drawn may change the samples.
+    chosen["compiled"] = generator.expect(config["num_samples"], config["batch_size"])
     settings = settings_of(generator, chosen)
     folder = config["output"] or Path(config["paths"]["log_dir"], "samples", SampleSet.name(settings))
     samples = SampleSet(Path(folder), settings)

@@ -120,6 +120,16 @@ class Sampler:
     time_shift: PositiveFloat | None = None
     guide: str | None = None
 
+    @property
+    def calls(self) -> int:
+        """Calls of the network for a batch of samples."""
+        return self.steps * (2 if self.solver == "heun" else 1)
+
+    @property
+    def doubles(self) -> bool:
+        """Whether both branches of the guidance are computed in one batch."""
+        return self.cfg_scale != 1 and self.guide is None
+
     @staticmethod
     def check(cfg_interval: list[float] | None) -> None:
         """Raise `ValueError` for an empty interval; called on the composed config before anything is built."""

@@ -7,19 +7,17 @@ trunk by residuals (`models/residuals.py`). There is neither AdaLN nor a timeste
 from its input (paper: a linear probe on the image-token mean predicts t with R² ≈ 0.998).
 """
 
-import os
-import shutil
-import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Len
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, nn
 
 from mvsplit.kernels.merge_norm import Segments, upcast
 from mvsplit.models.attention import Attention, rope_table
+from mvsplit.models.compiled import Compilable, Compile, append_blocks, check_compiler
 from mvsplit.models.conditioning import Context, Tokens
 from mvsplit.models.layers import Linear, SwiGLU, rms_norm
 from mvsplit.models.recompute import Checkpointing
@@ -43,23 +41,6 @@ def unpatchify(tokens: Tensor, patch: int, rows: int, columns: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, rows * patch, columns * patch)
 
 
-class Compilable(nn.Module):
-    """Base of blocks: subclasses implement `compute`, the uncompiled `forward`.
-
-    If `compiled` is set, training runs it instead of `compute`; all blocks share the compiled code. A `watched` block
-    runs uncompiled: it has hooks on its parts, which compiled code would not call.
-    """
-
-    compiled: Callable[..., Tensor] | None = None
-    watched = False
-    compute: Callable[..., Tensor]
-
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """x: (B, T, D). Returns (B, T, D)."""
-        run = self.compute if self.compiled is None or self.watched or not is_grad_enabled() else self.compiled
-        return run(x, *args)
-
-
 class Block(Compilable):
     """Attention and feed-forward, each merged into the trunk by its own residual: two merges per block."""
 
@@ -78,31 +59,7 @@ class Block(Compilable):
         return self.residual2(x, self.ffn(self.residual2.branch_input(x)), segments)
 
 
-def check_compiler(compile: bool) -> None:
-    """Raise `ValueError` if blocks are to be compiled on a machine without a compiler."""
-    if not compile:
-        return
-    # Triton compiles its kernel launchers from C, only with $CC if that is set; CPU kernels are C++.
-    if torch.cuda.is_available():
-        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    else:
-        compilers = [os.environ.get("CXX", "c++"), "g++", "clang++"]
-    if not any(map(shutil.which, compilers)):
-        raise ValueError(f"model.compile = True: needs {' or '.join(compilers)}; use false without a compiler")
-    header = os.path.join(sysconfig.get_path("include"), "Python.h")  # both include it
-    if not os.path.isfile(header):
-        raise ValueError(f"model.compile = True: needs {header} (apt install python3-dev); use false without it")
-
-
-def append_blocks(blocks: nn.ModuleList, new: Iterable[Compilable], compile: bool) -> None:
-    """Append blocks one by one: sharded strategies shard each as soon as the network's `blocks` gets it."""
-    for block in new:
-        if compile:
-            block.compiled = torch.compile(block.compute, fullgraph=True)
-        blocks.append(block)
-
-
-def check_sizes(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: bool) -> None:
+def check_sizes(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: Compile) -> None:
     """Raise `ValueError` for what fits no transformer of patches; called before anything is built."""
     if any(side % patch_size for side in image_size):
         raise ValueError(f"model.patch_size = {patch_size}: must divide the image size {list(image_size)}")
@@ -128,7 +85,7 @@ class PatchTransformer(nn.Module):
         eps: ε of the input norms.
         qk_eps: ε of the QK-norm.
         checkpointing: which blocks' activations are recomputed in the backward pass; None keeps all activations.
-        compile: compile one block for all; compiling a network of a thousand blocks as a whole would take hours.
+        compile: compile one block for all; `auto`: if enough passes are expected, see `compiled.py`.
         trunk: dtype of the trunk between merges. `float32`: with a gain of 1/√depth the error of bfloat16 weights or
             autocast then does not grow with depth (with a gain of 1 it does). `compute`: the branches' dtype, as in
             the paper's kernels; each merge rounds the trunk, and two thousand roundings are a random walk. In both
@@ -154,12 +111,13 @@ class PatchTransformer(nn.Module):
         eps: PositiveFloat = 1e-6,
         qk_eps: PositiveFloat = 1e-6,
         checkpointing: Checkpointing | None = None,
-        compile: bool = False,
+        compile: Compile = False,
         trunk: Literal["float32", "compute"] = "float32",
     ) -> None:
         self.check(image_size, patch_size, width, num_heads, compile)
         super().__init__()
         self.patch_size, self.channels, self.eps, self.trunk = patch_size, channels, eps, trunk
+        self.compile_when = compile
         self.checkpointing = checkpointing or Checkpointing()
         self.rows, self.columns = image_size[0] // patch_size, image_size[1] // patch_size
         self.input_shape = (channels, *image_size)
@@ -180,11 +138,16 @@ class PatchTransformer(nn.Module):
         self.register_buffer("rope", torch.stack(tables).view(torch.int32), persistent=False)
 
     @staticmethod
-    def check(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: bool) -> None:
+    def check(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: Compile) -> None:
         """Raise `ValueError` for sizes that do not fit; called on the composed config before anything is built."""
         check_sizes(image_size, patch_size, width, num_heads, compile)
         if (head_dim := width // num_heads) % 4:
             raise ValueError(f"model.num_heads = {num_heads}: width / num_heads = {head_dim} must be divisible by 4")
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return sum(self.segments)
 
     @property
     def rope_tables(self) -> tuple[Tensor, Tensor]:

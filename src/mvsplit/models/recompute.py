@@ -134,7 +134,8 @@ class Checkpointing:
     """Runs a stack of blocks with activation checkpointing.
 
     Recomputation uses the random numbers of the forward pass. Gradients are equal to the bit if the operations are
-    deterministic (they are on CPUs).
+    deterministic (they are on CPUs). Not so for compiled blocks in groups of one: their recomputation is compiled into
+    the backward pass, which is faster, but may round differently.
 
     Args:
         every: k, blocks per group; 0 keeps all activations; `auto` measures a block at the first training batch and
@@ -201,7 +202,9 @@ class Checkpointing:
             self._log(schedule, len(blocks), saved, trunk)
         for first in range(0, schedule.recomputed, schedule.every or 1):
             group = blocks[max(first, done) : min(first + schedule.every, schedule.recomputed)]
-            if group:
+            if schedule.every == 1 and group and getattr(group[0], "runs_compiled", False) and not self.offload:
+                x = group[0](x, *args, recompute=True)  # the recomputation is compiled too
+            elif group:
                 with saved_tensors_hooks(self._host.pack, self._host.unpack) if self.offload else nullcontext():
                     # Offloads the group's input alone: `checkpoint` drops what is saved inside.
                     x = checkpoint(_run, group, x, args, use_reentrant=False)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvsplit.kernels.merge_norm import upcast
+from mvsplit.models.compiled import Compilable, Compile, append_blocks
 from mvsplit.models.conditioning import ClassContext
-from mvsplit.models.dit import Compilable, append_blocks, check_sizes, patchify, unpatchify
+from mvsplit.models.dit import check_sizes, patchify, unpatchify
 from mvsplit.models.layers import Linear, normal_like
 from mvsplit.models.recompute import Checkpointing
 
@@ -166,6 +167,8 @@ class SiTBlock(Compilable):
         hidden: inner width of the feed-forward branch.
     """
 
+    per_sample = 1  # the condition
+
     def __init__(self, width: int, num_heads: int, hidden: int) -> None:
         super().__init__()
         self.modulation = Linear(width, 6 * width, bias=True, std=0)
@@ -220,7 +223,7 @@ class SiT(nn.Module):
         learn_sigma: the last layer predicts 2·C channels, and the second half is dropped: the number of weights, and
             what is done with them, as in the published code. They get no gradient. False predicts C channels.
         checkpointing: which blocks' activations are recomputed in the backward pass; None keeps all activations.
-        compile: compile one block for all.
+        compile: compile one block for all; `auto`: if it is repaid, see `compiled.py`.
 
     Raises:
         ValueError: for sizes that do not fit together; names the key.
@@ -238,14 +241,14 @@ class SiT(nn.Module):
         hidden: NonNegativeInt = 0,
         learn_sigma: bool = True,
         checkpointing: Checkpointing | None = None,
-        compile: bool = False,
+        compile: Compile = False,
     ) -> None:
         self.check(image_size, patch_size, width, num_heads, compile)
         super().__init__()
-        self.patch_size, self.channels = patch_size, channels
+        self.patch_size, self.channels, self.width, self.compile_when = patch_size, channels, width, compile
         self.checkpointing = checkpointing or Checkpointing()
         self.rows, self.columns = image_size[0] // patch_size, image_size[1] // patch_size
-        self.input_shape = (channels, *image_size)
+        self.input_shape, self.num_tokens = (channels, *image_size), self.rows * self.columns
         self.patch_proj = Dense(patch_size**2 * channels, width)
         self.time = TimeEmbedding(width)
         self.classes = ClassEmbedding(width, num_classes)
@@ -258,7 +261,7 @@ class SiT(nn.Module):
         self.register_buffer("position", table.view(torch.int32), persistent=False)
 
     @staticmethod
-    def check(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: bool) -> None:
+    def check(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: Compile) -> None:
         """Raise `ValueError` for sizes that do not fit; called on the composed config before anything is built."""
         check_sizes(image_size, patch_size, width, num_heads, compile)
         if width % 4:

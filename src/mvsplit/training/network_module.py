@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from mvsplit.models.compiled import compile_if_repaid
 from mvsplit.training.checkpoints import check_fits, keep_own_checkpoints, set_micro_batches
 from mvsplit.training.gradients import clip_gradients, gradient_norm
 from mvsplit.training.local_state import load_optimizer, load_weights, local_optimizer, local_weights, weight_shapes
@@ -76,6 +77,7 @@ class NetworkModule(L.LightningModule):
         self.network: Any = None
         self._load_optimizer: Callable[[Any], None] | None = None
         self._gradient_norm: Tensor | None = None
+        self._decided_compiling = False
 
     def configure_model(self) -> None:
         """Build the network, with weights that depend only on the seed."""
@@ -150,6 +152,11 @@ class NetworkModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._gradient_norm = None
+        if not self._decided_compiling:
+            self._decided_compiling = True
+            # All steps of the run, not those that are left: a resumed run computes the same numbers.
+            passes = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+            compile_if_repaid(self.network, passes, len(batch["position"]), training=True)
         # For forks with dropout: the global generator is also a function of the position in the stream.
         torch.manual_seed(step_seed(self.seed, int(batch["position"][0])))
         # The step at which Lightning logs: after a resume that follows a validation it would count one step twice.

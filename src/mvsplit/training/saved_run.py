@@ -21,6 +21,9 @@ from mvsplit.utils.config import build
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.limits import parse_json
 
+OURS = ("mvsplit.models.dit.DiT", "mvsplit.models.sit.SiT")
+"""Networks whose `compile` and `kernels` may be `auto`."""
+
 
 @contextmanager
 def parameters_on_meta(limit: float = math.inf) -> Iterator[None]:
@@ -122,6 +125,8 @@ class SavedRun:
 
 def _network_of(node: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> nn.Module:
     """The network that a config describes, without its weights, if its weights have these shapes."""
+    if node["_target_"] in OURS:  # what paid on the machine that trained it may be missing here
+        node = node | {key: "auto" for key in ("compile", "kernels") if node.get(key) in (True, "fused")}
     saved = sum(map(math.prod, shapes.values()))
 
     def built() -> nn.Module:
