@@ -90,7 +90,7 @@ def average(module: Any, records: list[dict[str, Any]], step: int, accumulate: i
 
 def train_alone(module: Any, records: list[dict[str, Any]], accumulate: int) -> None:
     """The same steps, clipped, in one process."""
-    optimizer, scheduler = module.optim.build(module.network.parameters(), STEPS)
+    optimizer, scheduler = module.optim.build(module.network, STEPS)
     for step in range(STEPS):
         grads = average(module, records, step, accumulate)
         for name, parameter in module.network.named_parameters():

@@ -21,7 +21,7 @@ from mvsplit.utils.errors import UserError
 
 def test_weight_decay_on_matrices_only() -> None:
     network = DiT([4, 4], 1, 2, 2, 16, 2, functools.partial(ClassTokens, num_classes=3), MVSplit)
-    optimizer, _ = AdamW(weight_decay=0.1).build(network.parameters(), max_steps=10)
+    optimizer, _ = AdamW(weight_decay=0.1).build(network, max_steps=10)
     names = {id(p): name for name, p in network.named_parameters()}
     decayed, free = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]

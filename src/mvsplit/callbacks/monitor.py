@@ -16,7 +16,6 @@ from mvsplit.callbacks.stability_probe import StabilityProbe, StepRow
 from mvsplit.stability.detector import CollapseDetector
 from mvsplit.stability.tables import CHEAP, DEPTH, TableWriter
 from mvsplit.stability.thresholds import Thresholds
-from mvsplit.training.gradients import gradient_norms
 from mvsplit.training.local_state import on_disk
 from mvsplit.training.strategies import takes_step
 from mvsplit.utils.console import info
@@ -32,6 +31,8 @@ class StepMonitor(Callback):
     4. the detector classifies the row;
     5. the guard acts on what the detector has found;
     6. the board shows the full measurement in the log.
+
+    With `optim.in_backward` the step is taken before all of this; there is no probe, and the guard can only warn.
 
     Args:
         folder: of the tables, `guard.jsonl` and reports.
@@ -108,7 +109,7 @@ class StepMonitor(Callback):
     def _require_finite(self, row: StepRow, trainer: Trainer, module: Any) -> None:
         if math.isfinite(row.loss) and math.isfinite(row.grad_norm):
             return
-        norms = gradient_norms(module, lambda name: ".".join(p for p in name.split(".") if not p.isdigit()))
+        norms = module.gradient_norms(lambda name: ".".join(p for p in name.split(".") if not p.isdigit()))
         report = {
             "step": row.step,
             "rank": trainer.global_rank,
@@ -120,9 +121,9 @@ class StepMonitor(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"nonfinite_step_{row.step}_rank_{trainer.global_rank}.json"
         path.write_text(json.dumps(report, indent=2))
+        taken = "its step was taken in the backward pass" if module.optim.in_backward else "the step was not taken"
         raise AgreedError(
-            f"the loss or its gradient is not finite at step {row.step} (loss {row.loss:g}); the step was not taken;"
-            f" see {path}"
+            f"the loss or its gradient is not finite at step {row.step} (loss {row.loss:g}); {taken}; see {path}"
         )
 
     def _record(self, row: StepRow, trainer: Trainer) -> None:

@@ -134,7 +134,7 @@ def total_norm(tensors: list[Tensor], shared_out: bool, device: torch.device | N
     Args:
         device: where the processes sum; needed if there may be no tensors, or if they are stored elsewhere.
     """
-    norms = _norms([piece for tensor in tensors for piece in _pieces(tensor)])
+    norms = norms_of_pieces(tensors)
     if not shared_out:
         return torch.linalg.vector_norm(norms).to(device)
     total = norms.double().square().sum().to(device)
@@ -197,6 +197,11 @@ def gain_statistics(module: nn.Module, groups: Mapping[K, Sequence[nn.Parameter]
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     means = (totals[:, 0] / totals[:, 1]).tolist()
     return dict(zip(groups, zip(means, largest.tolist(), strict=True), strict=True))
+
+
+def norms_of_pieces(tensors: list[Tensor]) -> Tensor:
+    """Norms whose norm is that of all tensors, (N,)."""
+    return _norms([piece for tensor in tensors for piece in _pieces(tensor)])
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:

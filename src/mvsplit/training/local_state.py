@@ -107,6 +107,11 @@ def shard_range(parameter: nn.Parameter) -> tuple[tuple[int, ...], int, int]:
     return shape, start * row, min(start + rows, shape[0]) * row
 
 
+def is_whole(parameter: nn.Parameter) -> bool:
+    """Whether this process holds all of a parameter and of its state."""
+    return not hasattr(parameter, "ds_tensor") and not isinstance(parameter.data, DTensor)
+
+
 def slices_of(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Slice]:
     """Local slices of values that are sharded like the parameters of these names, without padding."""
     _reshard(module)
@@ -181,7 +186,7 @@ def local_optimizer(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str, 
         _, state, part = _state(parameter, optimizer)
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim:
-                slices[f"{name}/{key}"] = slice_of(parameter, part(key))
+                slices[f"{name}/{key}"] = Slice.whole(value) if is_whole(parameter) else slice_of(parameter, part(key))
             else:
                 counts.setdefault(name, {})[key] = value.cpu() if isinstance(value, Tensor) else value
     groups = [{key: value for key, value in g.items() if key != "params"} for g in _inner(optimizer).param_groups]
@@ -200,12 +205,17 @@ def load_optimizer(module: nn.Module, optimizer: Optimizer, settings: dict[str, 
         keys.setdefault(name, []).append(key)
     for name, parameter in module.named_parameters():
         owner, state, part = _state(parameter, optimizer)
+        if name in keys and hasattr(_inner(optimizer), "new_state"):  # of other types or shapes than the parameter's
+            state.update(_inner(optimizer).new_state(parameter))
         for key, value in settings["counts"].get(name, {}).items():
             state[key] = value.clone() if isinstance(value, Tensor) else value
         for key in keys.get(name, []):
             if key not in state:
                 state[key] = torch.zeros_like(owner, requires_grad=False)
-            _fill(parameter, saved, f"{name}/{key}", part(key))
+            if is_whole(parameter):
+                state[key].copy_(saved.whole(f"{name}/{key}"))
+            else:
+                _fill(parameter, saved, f"{name}/{key}", part(key))
 
 
 def clear_optimizer(module: nn.Module, optimizer: Optimizer) -> None:

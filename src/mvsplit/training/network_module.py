@@ -16,9 +16,10 @@ from torchmetrics import MeanMetric
 
 from mvsplit.models.compiled import compile_if_repaid
 from mvsplit.training.checkpoints import check_fits, keep_own_checkpoints, set_micro_batches
-from mvsplit.training.gradients import clip_gradients, gradient_norm
+from mvsplit.training.gradients import clip_gradients, gradient_norm, gradient_norms
+from mvsplit.training.in_backward import StepsInBackward
 from mvsplit.training.local_state import load_optimizer, load_weights, local_optimizer, local_weights, weight_shapes
-from mvsplit.training.optim import AdamW
+from mvsplit.training.optim import AdamW, check_same_kind
 from mvsplit.training.strategies import shard_network, takes_step
 from mvsplit.utils.config import Seed
 from mvsplit.utils.errors import AgreedError, UserError
@@ -78,6 +79,7 @@ class NetworkModule(L.LightningModule):
         self._load_optimizer: Callable[[Any], None] | None = None
         self._gradient_norm: Tensor | None = None
         self._decided_compiling = False
+        self._in_backward: StepsInBackward | None = None
 
     def configure_model(self) -> None:
         """Build the network, with weights that depend only on the seed."""
@@ -96,7 +98,7 @@ class NetworkModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         # max_steps, not estimated_stepping_batches: the latter sets up the data and drops its restored state.
-        optimizer, scheduler = self.optim.build(self.network.parameters(), self.trainer.max_steps)
+        optimizer, scheduler = self.optim.build(self.network, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -106,6 +108,12 @@ class NetworkModule(L.LightningModule):
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
         self.optim.reapply(self.trainer.optimizers[0], scheduler, self.trainer.max_steps)
+        if self.optim.in_backward:
+            self._in_backward = StepsInBackward(self.trainer.optimizers[0])
+
+    def on_train_end(self) -> None:
+        if self._in_backward is not None:
+            self._in_backward.remove()
 
     # Every strategy saves and loads weights and optimiser here, each process its local state: see local_state.py.
 
@@ -127,7 +135,12 @@ class NetworkModule(L.LightningModule):
             set_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
             # Called when the strategy has built it.
             settings, states = checkpoint["optimizer"], tensors("optimizer")
-            self._load_optimizer = lambda optimizer: load_optimizer(self, optimizer, settings, states)
+
+            def load(optimizer: Any) -> None:
+                check_same_kind(optimizer, settings, states)
+                load_optimizer(self, optimizer, settings, states)
+
+            self._load_optimizer = load
         weights = tensors("weights")
         check_fits(weights.shapes, weight_shapes(self))
         load_weights(self, weights)
@@ -135,10 +148,18 @@ class NetworkModule(L.LightningModule):
 
     def gradient_norm(self) -> Tensor:
         """Norm of the step's gradient after its last backward pass. Computed once, a collective call."""
+        if self._in_backward is not None:
+            return self._in_backward.gradient_norm()
         if self._gradient_norm is None:
             groups = self.trainer.optimizers[0].param_groups
             self._gradient_norm = gradient_norm(self, (p for group in groups for p in group["params"]))
         return self._gradient_norm
+
+    def gradient_norms(self, family: Callable[[str], str]) -> dict[str, float]:
+        """Norms of the step's gradient by family of parameters, likewise."""
+        if self._in_backward is not None:
+            return self._in_backward.gradient_norms(self, family)
+        return gradient_norms(self, family)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -157,6 +178,8 @@ class NetworkModule(L.LightningModule):
             # All steps of the run, not those that are left: a resumed run computes the same numbers.
             passes = self.trainer.max_steps * self.trainer.accumulate_grad_batches
             compile_if_repaid(self.network, passes, len(batch["position"]), training=True)
+        if self._in_backward is not None:
+            self._in_backward.clear()
         # For forks with dropout: the global generator is also a function of the position in the stream.
         torch.manual_seed(step_seed(self.seed, int(batch["position"][0])))
         # The step at which Lightning logs: after a resume that follows a validation it would count one step twice.

@@ -1,18 +1,23 @@
-"""AdamW with the paper's parameter groups, and the learning-rate schedule in optimiser steps."""
+"""AdamW with the paper's parameter groups, or Muon beside it, and the learning-rate schedule in optimiser steps."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Le, Len, Lt
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from mvsplit.training.checkpoint_format import Tensors
 from mvsplit.training.local_state import local
+from mvsplit.training.low_bit import LowBitAdamW, Moments
+from mvsplit.training.muon import PackedMuon, Together, block_matrices
+from mvsplit.utils.errors import UserError
 
 Beta = Annotated[float, Ge(0), Lt(1)]
 
@@ -43,6 +48,8 @@ class AdamW:
         schedule: after the warm-up.
         min_lr_ratio: last value of the cosine, as a share of lr.
         decay_steps: step at which the cosine ends; null: the run's end.
+        moments: how the moments of each weight are stored: 8, 4 or 2 bytes together.
+        in_backward: take each parameter's step in the backward pass, where its gradient is freed.
     """
 
     lr: PositiveFloat = 1.5625e-4
@@ -53,6 +60,14 @@ class AdamW:
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
     decay_steps: PositiveInt | None = None
+    moments: Moments = "float32"
+    in_backward: bool = False
+
+    @staticmethod
+    def check(moments: str) -> None:
+        """Raise `UserError` if a package is missing; called before anything is built."""
+        if moments == "8bit" and find_spec("torchao") is None:
+            raise UserError("optim.moments = 8bit: needs another package: pip install -e '.[lowbit]'")
 
     def factor(self, step: int, max_steps: int) -> float:
         """Share of `lr` for the optimiser step number `step` (from 0)."""
@@ -64,17 +79,26 @@ class AdamW:
         progress = min(1.0, (step - self.warmup_steps) / (last - self.warmup_steps))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
-    def build(self, parameters: Iterable[torch.nn.Parameter], max_steps: int) -> tuple[Optimizer, LambdaLR]:
+    def build(self, network: nn.Module, max_steps: int) -> tuple[Optimizer, LambdaLR]:
         """Optimiser over the trainable parameters and its per-step scheduler."""
-        trainable = [p for p in parameters if p.requires_grad]
+        optimizer = self._optimizer(network)
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
+
+    def _optimizer(self, network: nn.Module) -> Optimizer:
+        return self._adamw([p for p in network.parameters() if p.requires_grad])
+
+    def _adamw(self, trainable: list[nn.Parameter]) -> Optimizer:
         groups = [
             {"params": [p for p in trainable if num_dims(p) == 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trainable if num_dims(p) != 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
+        # ZeRO-3 has float32 masters of bf16 weights.
+        rounded = any(p.dtype == torch.bfloat16 and not hasattr(p, "ds_shape") for p in trainable)
+        if rounded or self.moments != "float32":
+            return LowBitAdamW(groups, self.lr, self._betas(), self.eps, self.moments)
         kind = LocalAdamW if any(isinstance(p, DTensor) for p in trainable) else torch.optim.AdamW
-        optimizer = kind(groups, lr=self.lr, betas=self._betas(), eps=self.eps, foreach=True)
-        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
+        return kind(groups, lr=self.lr, betas=self._betas(), eps=self.eps, foreach=True)
 
     def _betas(self) -> tuple[float, float]:
         return (self.betas[0], self.betas[1]) if self.betas else (0.9, 0.999)
@@ -85,8 +109,74 @@ class AdamW:
         for group in optimizer.param_groups:
             group["initial_lr"] = self.lr
             group["lr"] = self.lr * self.factor(scheduler.last_epoch, max_steps)
-            group["betas"], group["eps"] = self._betas(), self.eps
             group["weight_decay"] = self.weight_decay if group["weight_decay"] else 0.0
+            self._reapply_own(group)
+
+    def _reapply_own(self, group: dict[str, Any]) -> None:
+        """Apply the values that other optimisers do not have."""
+        group["betas"], group["eps"] = self._betas(), self.eps
+
+
+@dataclass(frozen=True)
+class Muon(AdamW):
+    """Muon for the matrices inside the blocks, AdamW for all other parameters, with one learning rate and schedule.
+
+    An orthogonal matrix is multiplied by 0.2·√(its longer side), so its entries have a root mean square of 0.2, about
+    that of AdamW's steps (Liu et al., 2025): learning rate and weight decay mean the same in both parts.
+
+    Args:
+        momentum: share of the momentum that is kept in each step; with Nesterov's correction.
+        ns_steps: Newton–Schulz iterations: after five, singular values are between about 0.7 and 1.2.
+    """
+
+    momentum: Beta = 0.95
+    ns_steps: Annotated[int, Ge(1), Lt(100)] = 5
+
+    @staticmethod
+    def check(moments: str) -> None:
+        """Raise `UserError` for what only AdamW has; called before anything is built."""
+        if moments != "float32":
+            raise UserError(f"optim.moments = {moments}: must be float32 with optim=muon")
+
+    def _optimizer(self, network: nn.Module) -> Optimizer:
+        matrices = dict(block_matrices(network))
+        groups = [
+            {"params": [p for p, number in matrices.items() if number == parts], "parts": parts}
+            for parts in sorted(set(matrices.values()))
+        ]
+        if not groups:
+            raise UserError(f"optim = muon: {type(network).__name__} has no matrices in `blocks`; use optim=paper")
+        others = [p for p in network.parameters() if p.requires_grad and p not in matrices]
+        options: dict[str, Any] = {"momentum": self.momentum, "ns_steps": self.ns_steps}
+        muon = PackedMuon(groups, lr=self.lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw", **options)
+        return Together([muon, self._adamw(others)]) if others else muon
+
+    def _reapply_own(self, group: dict[str, Any]) -> None:
+        if "parts" in group:
+            group["momentum"], group["ns_steps"] = self.momentum, self.ns_steps
+        else:
+            super()._reapply_own(group)
+
+
+def check_same_kind(optimizer: Optimizer, settings: dict[str, Any], saved: Tensors) -> None:
+    """Check that a saved state belongs to such an optimiser.
+
+    Args:
+        optimizer: of this run.
+        settings: of `local_optimizer`, saved.
+        saved: the tensors saved with them.
+
+    Raises:
+        UserError: if it belongs to another.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's wraps the real one
+    if [group.get("parts") for group in inner.param_groups] != [g.get("parts") for g in settings["param_groups"]]:
+        raise UserError("ckpt_path: saved with another optimiser or other parameters; use the optim of that run")
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    coded = isinstance(inner, LowBitAdamW) and any(map(inner.has_codes, parameters))
+    if len(saved) and coded != any(name.endswith("_scale") for name in saved):
+        now = "8bit" if coded else "float32 or bfloat16"
+        raise UserError(f"optim.moments = {now}: the checkpoint's are {'not ' * coded}8bit, which is not converted")
 
 
 def num_dims(parameter: torch.nn.Parameter) -> int:

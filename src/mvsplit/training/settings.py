@@ -121,6 +121,53 @@ def check_together(config: Group) -> None:
             )
     if config["extras"]["enforce_tags"] and not config["tags"]:
         raise UserError("tags = []: extras.enforce_tags requires at least one, e.g. tags=[dev]")
+    check_optimizer(config)
+
+
+def check_optimizer(config: Group) -> None:
+    """Check that the trainer can do what the optimiser needs.
+
+    Raises:
+        UserError: one line with the key, its value and what is allowed.
+    """
+    trainer, optim = config["trainer"], config["optim"]
+    strategy, precision = trainer.get("strategy", "auto"), trainer.get("precision")
+    kind = str(strategy["_target_"] if isinstance(strategy, dict) else strategy).rpartition(".")[2]
+    muon, moments = optim["_target_"].endswith(".Muon"), optim.get("moments", "float32")
+    if kind not in ("auto", "DDPStrategy") and not kind.startswith("ddp"):
+        if muon:
+            raise UserError(
+                "optim = muon: needs whole matrices, which no process has here; use trainer=ddp or optim=paper"
+            )
+        if moments != "float32":
+            raise UserError(
+                f"optim.moments = {moments}: needs whole parameters, which no process has; use trainer=ddp or"
+                " optim.moments=float32"
+            )
+    if muon and precision == "bf16-true":
+        raise UserError("optim = muon: would round its steps off bfloat16 weights; use trainer.precision=bf16-mixed")
+    if moments != "float32" and precision == "64-true":
+        raise UserError(f"optim.moments = {moments}: steps are computed in float32; use trainer.precision=32-true")
+    if optim.get("in_backward"):
+        _check_in_backward(trainer, config["callbacks"] or {}, alone=kind == "auto")
+
+
+def _check_in_backward(trainer: Group, callbacks: Group, alone: bool) -> None:
+    """Raise `UserError` for what must see the whole gradient before a step is taken."""
+    monitor = next((node for node in callbacks.values() if node and node["_target_"].endswith(".StepMonitor")), {})
+    clip, accumulate = trainer.get("gradient_clip_val"), trainer.get("accumulate_grad_batches", 1)
+    guard = (monitor.get("guard") or {}).get("action", "warn")
+    processes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    contradictions = {
+        "only one process can take its steps there; use trainer=gpu or trainer=cpu": not alone or processes != (1, 1),
+        f"trainer.gradient_clip_val = {clip} needs the whole gradient first; use null": clip,
+        f"trainer.accumulate_grad_batches = {accumulate} adds up gradients first; use 1": accumulate != 1,
+        "callbacks.monitor.probe measures gradients after the backward pass; use null": monitor.get("probe"),
+        f"callbacks.monitor.guard.action = {guard} would come too late; use warn": guard != "warn",
+    }
+    for why, found in contradictions.items():
+        if found:
+            raise UserError(f"optim.in_backward = true: {why}")
 
 
 PARTS = {"residual": "model", "flow": "module", "sampler": "module"}

@@ -37,6 +37,7 @@ class Stream(IntEnum):
     SUBSTITUTE = 11
     SHARD_SHUFFLE = 12
     SAMPLE_LABEL = 13
+    ROUNDING = 14
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
