@@ -42,9 +42,9 @@ def check(name: str, cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
     module = importlib.import_module(f"mvsplit.benchmarks.{BENCHMARKS[name]}")
     config = to_checked(cfg, module.Config)
     if name == "memory":
+        check_experiment(HydraConfig.get())  # first: replaced groups need not fit together
         settings.check_together(config)
         module.check_sizes(config)
-        check_experiment(HydraConfig.get())
     elif name == "precision":
         module.Config.check(config["width"], config["num_heads"], config["device"])
     elif name == "sampling":

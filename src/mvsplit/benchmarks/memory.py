@@ -121,7 +121,7 @@ def report(config: dict[str, Any], overrides: list[str], output_dir: Path) -> di
         "largest_batch": largest_fitting("batch", run, limit - base * GIB),
     }
     show(result, run, planned, config)
-    if not run.on_cpu and config["table"]:
+    if not run.on_cpu and config["table"] and not run.in_backward:  # which one process alone can do
         result["table"] = list(table_rows(run, config["table"], limit))
         show_other_sizes(result["table"], run, config)
     if config["measure"]:

@@ -30,6 +30,8 @@ class ModelStats:
     block: int
     writers: int
     """Those of a block's two writers."""
+    largest: int
+    """Those of the largest tensor."""
 
     def at_depth(self, depth: int, change_to: int) -> "ModelStats":
         return replace(self, total=self.total + (change_to - depth) * self.block)
@@ -50,7 +52,8 @@ def count_parameters(model: dict[str, Any]) -> ModelStats:
             " and that many blocks of equal size in `blocks`"
         )
     writers = [matrix for matrix, _ in writers_of(network, blocks[0]).values()]
-    return ModelStats(_count(network), _count(blocks[0]), sum(map(_count, writers)))
+    largest = max(parameter.numel() for parameter in network.parameters())
+    return ModelStats(_count(network), _count(blocks[0]), sum(map(_count, writers)), largest)
 
 
 def _count(module: nn.Module) -> int:

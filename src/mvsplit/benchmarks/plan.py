@@ -17,6 +17,7 @@ import torch
 
 from mvsplit.benchmarks.model_stats import Activations, ModelStats, count_parameters, measure_activations
 from mvsplit.models.recompute import Checkpointing, Schedule
+from mvsplit.training.low_bit import BLOCK
 from mvsplit.training.strategies import allowed_precisions
 from mvsplit.training.zero_config import SUB_GROUP, BlockSizes, zero_settings
 from mvsplit.utils.config import build
@@ -34,8 +35,8 @@ class States:
 
     parameters: int
     gradients: int
-    optimizer: int
-    step: int
+    optimizer: float
+    step: float
     """Temporary, in the optimiser step: the square root in AdamW, a copy of gradients or weights in float32."""
 
 
@@ -44,9 +45,14 @@ STATES = {
     ("zero3", 2): States(2, 4, 4 + 8, 4 + 4),  # gradients are accumulated in float32
     ("fsdp2", 4): States(4, 4, 8, 4),
     ("ddp", 4): States(4, 4, 8, 4),
-    ("ddp", 2): States(2, 2, 4, 4),
+    ("ddp", 2): States(2, 2, 8, 0),
 }
 """States by strategy and bytes per weight. ZeRO-3: deepspeed/runtime/zero/stage3.py of 0.19.8."""
+MOMENTS = {"float32": 8, "bfloat16": 4, "8bit": 2 + 2 * 4 / BLOCK}
+"""Bytes of a weight's two moments by `optim.moments`; 8 bits: with a scale for every 256 codes."""
+ONE_TENSOR = 67
+"""Temporary bytes per number of the largest tensor, where tensors are updated one by one: those of 8-bit moments and
+bfloat16 weights, the most. A compiled update has fewer."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,28 @@ class PlannedRun:
     average: bool
     measured: int
     """Blocks whose writer gradients are measured in the same step."""
+    moments: str
+    """`optim.moments`, or `muon`."""
+    in_backward: bool
     on_cpu: bool
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether tensors are updated one by one, not all at once."""
+        low_bit = self.moments != "float32" or self.weight_bytes == 2
+        return self.strategy == "ddp" and (low_bit or self.in_backward)
+
+    def states(self) -> States:
+        """Of this run, per parameter."""
+        states = STATES[self.strategy, self.weight_bytes]
+        if self.moments == "muon":  # a momentum for each matrix of the blocks, and they hold nearly everything
+            of_blocks = self.depth * self.stats.block / self.stats.total
+            states = replace(states, optimizer=4 * of_blocks + 8 * (1 - of_blocks))
+        elif self.moments != "float32":
+            states = replace(states, optimizer=MOMENTS[self.moments])
+        if self.one_by_one:
+            states = replace(states, step=ONE_TENSOR * self.stats.largest / self.stats.total)
+        return replace(states, gradients=0) if self.in_backward else states
 
     def at(self, **changes: Any) -> "PlannedRun":
         """The same run with another depth, batch or number of processes."""
@@ -86,7 +113,7 @@ def read_planned_run(config: dict[str, Any]) -> PlannedRun:
     Raises:
         UserError: if the number of devices is `auto`, or for an unsupported strategy or precision.
     """
-    trainer, model = config["trainer"], config["model"]
+    trainer, model, optim = config["trainer"], config["model"], config["optim"]
     devices, accumulate = trainer["devices"], trainer["accumulate_grad_batches"]
     if devices == "auto":
         raise UserError("trainer.devices = auto: the planner requires a number")
@@ -121,6 +148,8 @@ def read_planned_run(config: dict[str, Any]) -> PlannedRun:
         autocast="mixed" in precision and not zero3 and not policy,
         average="EMA" in callbacks,
         measured=(probe["blocks"] if probe["every"] else probe["watched"]) if probe else 0,
+        moments="muon" if optim["_target_"].endswith(".Muon") else optim.get("moments", "float32"),
+        in_backward=optim.get("in_backward", False),
         on_cpu=trainer["accelerator"] == "cpu",
     )
 
@@ -215,10 +244,10 @@ def plan(run: PlannedRun, made: Activations | None = None) -> Plan:
     """The memory of a run. made: its activations; None measures them."""
     made = made or _activations(run)
     share = -(-run.stats.total // (run.world if run.strategy in ("zero3", "fsdp2") else 1))
-    per = STATES[run.strategy, run.weight_bytes]
-    sizes = {name: share * size for name, size in vars(per).items()} | {"average": share * 4 * run.average}
+    per = run.states()
+    sizes = {name: round(share * size) for name, size in vars(per).items()} | {"average": share * 4 * run.average}
     if run.strategy == "zero3":
-        sizes["step"] = min(sizes["step"], SUB_GROUP * per.step)
+        sizes["step"] = min(sizes["step"], round(SUB_GROUP * per.step))
     offloaded: list[str] = []
     if run.options.get("offload_optimizer", "none") != "none" and not run.on_cpu:
         offloaded += ["gradients", "optimizer"]
@@ -231,6 +260,8 @@ def plan(run: PlannedRun, made: Activations | None = None) -> Plan:
     node = run.model.get("checkpointing")
     checkpointing: Checkpointing = build(node) if node else Checkpointing()
     buffers = _buffers(run, checkpointing.likely_group(run.depth))
+    if run.in_backward:  # a tensor's update is beside the activations, not after them
+        buffers, sizes["step"] = replace(buffers, backward=buffers.backward + sizes["step"]), 0
     schedule = checkpointing.schedule(run.depth, made.block, made.trunk)
     inputs = schedule.groups * made.trunk
     if checkpointing.offload and not run.on_cpu:

@@ -139,15 +139,15 @@ def update(
         noise: 16 random bits for each number of the tensors that are rounded to bfloat16, (n,) int32.
     """
     gradient = gradient.float()
-    moments = []
+    moments, corrections = [], []
     for name, value, beta in zip(MOMENTS, (gradient, gradient.square()), betas, strict=True):
-        moment = _read(stored, name).lerp(value, 1 - beta)
-        _write(stored, name, moment, noise)
-        moments.append(moment / (1 - beta**step))
-    first, second = moments
+        moments.append(_read(stored, name).lerp(value, 1 - beta))
+        corrections.append(1 - beta**step)
+        _write(stored, name, moments[-1], noise)
+    scale = moments[1].sqrt() / corrections[1].sqrt() + eps
     weight = stored["weight"].float()
     weight = weight - lr * weight_decay * weight
-    _write(stored, "weight", weight - lr * first / (second.sqrt() + eps), noise)
+    _write(stored, "weight", weight - lr * (moments[0] / corrections[0]) / scale, noise)
 
 
 @functools.cache

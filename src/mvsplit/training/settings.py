@@ -136,9 +136,7 @@ def check_optimizer(config: Group) -> None:
     muon, moments = optim["_target_"].endswith(".Muon"), optim.get("moments", "float32")
     if kind not in ("auto", "DDPStrategy") and not kind.startswith("ddp"):
         if muon:
-            raise UserError(
-                "optim = muon: needs whole matrices, which no process has here; use trainer=ddp or optim=paper"
-            )
+            raise UserError("optim = muon: needs whole matrices, which no process has; use trainer=ddp or optim=paper")
         if moments != "float32":
             raise UserError(
                 f"optim.moments = {moments}: needs whole parameters, which no process has; use trainer=ddp or"
@@ -154,7 +152,9 @@ def check_optimizer(config: Group) -> None:
 
 def _check_in_backward(trainer: Group, callbacks: Group, alone: bool) -> None:
     """Raise `UserError` for what must see the whole gradient before a step is taken."""
-    monitor = next((node for node in callbacks.values() if node and node["_target_"].endswith(".StepMonitor")), {})
+    monitor: Group = next(
+        (node for node in callbacks.values() if node and node["_target_"].endswith(".StepMonitor")), {}
+    )
     clip, accumulate = trainer.get("gradient_clip_val"), trainer.get("accumulate_grad_batches", 1)
     guard = (monitor.get("guard") or {}).get("action", "warn")
     processes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
