@@ -20,6 +20,7 @@ from mvsplit.training.local_state import load_optimizer, load_weights, local_opt
 from mvsplit.training.low_bit import LowBitAdamW, round_stochastically
 from mvsplit.training.muon import PackedMuon, Together
 from mvsplit.training.optim import AdamW, Muon
+from mvsplit.training.snapshots import Snapshot
 from mvsplit.utils.config import to_plain
 from mvsplit.utils.errors import UserError
 
@@ -89,7 +90,7 @@ def test_muons_step_is_orthogonal_as_an_svd_has_it(parts: int) -> None:
         assert float((orthogonal * (u @ v)).sum()) / 48 == pytest.approx(
             float(values.mean()), rel=0.01
         )  # the same directions
-        assert float(step.square().mean().sqrt()) == pytest.approx(0.5 * 0.2, rel=0.15)  # AdamW's: lr times 0.2 or so
+        assert float(step.square().mean().sqrt()) == pytest.approx(0.5 * 0.2, rel=0.25)  # about AdamW's
 
 
 def test_codes_of_8_bits_are_torchaos_to_the_bit() -> None:
@@ -191,6 +192,24 @@ def test_a_saved_state_continues_to_the_bit(kind: str, dtype: torch.dtype) -> No
     train(resumed, optimizer, following, range(3, 6))
     for name, parameter in resumed.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_rollback_restores_the_state_to_the_bit(kind: str) -> None:
+    network = dit(64)
+    optimizer, scheduler = MAKERS[kind]().build(network, 10)
+    for first in (0, 2):  # before the first step there is no state
+        train(network, optimizer, scheduler, range(first))
+        before = {name: part.values.clone() for name, part in local_optimizer(network, optimizer)[1].items()}
+        weights = [p.detach().clone() for p in network.parameters()]
+        snapshot = Snapshot(first, network, optimizer, {})  # type: ignore[arg-type]
+        train(network, optimizer, scheduler, range(2))
+        snapshot.restore(network, optimizer, {})  # type: ignore[arg-type]
+        after = local_optimizer(network, optimizer)[1]
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name].values, before[name]) for name in before)
+        assert all(torch.equal(a, b) for a, b in zip(network.parameters(), weights, strict=True))
+    assert len(before) > 0
 
 
 @pytest.mark.parametrize("kind", MAKERS)
