@@ -23,6 +23,8 @@ pytestmark = pytest.mark.apart  # plans for GPUs are measured on fake ones
 PAPER = ["data=imagenet_latents", "model.patch_size=1", "model/context=sample_embeddings", "callbacks.sample_grid=null"]
 CPU = ["data=digits", "model=digits", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
 
+IN_BACKWARD = ["optim.in_backward=true", "trainer.gradient_clip_val=null", "callbacks.monitor.probe=null"]
+
 
 def composed(*overrides: str) -> dict[str, Any]:
     config = to_plain(compose_config("paths.output_dir=/nowhere", *overrides, name="bench_memory.yaml"))
@@ -86,6 +88,38 @@ def test_bytes_per_parameter(overrides: list[str], states: float, step: float) -
     planned = plan(run, MADE)
     assert planned.states == pytest.approx(states * run.stats.total, rel=1e-5)
     assert planned.step == pytest.approx(step * run.stats.total, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "states"),
+    [
+        (["optim.moments=bfloat16"], 4 + 4 + 4),
+        (["optim.moments=8bit"], 4 + 4 + 2 + 8 / 256),
+        (["trainer.precision=bf16-true"], 2 + 2 + 8),
+        (["trainer.precision=bf16-true", "optim.moments=8bit", *IN_BACKWARD], 2 + 0 + 2 + 8 / 256),
+        (["optim=muon"], 4 + 4 + 4),
+    ],
+    ids=str,
+)
+def test_bytes_per_parameter_of_other_optimisers(overrides: list[str], states: float) -> None:
+    run = read_planned_run(composed("data=digits", "model=digits", "trainer=cpu", "callbacks.ema=null", *overrides))
+    assert plan(run, MADE).states == pytest.approx(
+        states * run.stats.total, rel=2e-3
+    )  # Muon: what is outside the blocks
+
+
+def test_a_thousand_blocks_on_one_gpu() -> None:
+    groups = ["data=imagenet_latents", "model=layers_1000", "trainer=gpu"]
+    run = read_planned_run(composed("experiment=imagenet256_1000l_one_gpu", *groups))
+    planned = plan(run)
+    assert run.stats.block * 1000 == 1000 * (13 * 1024**2 + 4 * 1024)
+    assert planned.states / GIB == pytest.approx(51.2, abs=0.05)
+    assert planned.gradients == planned.average == 0
+    assert planned.total / GIB == pytest.approx(68.0, abs=0.5)
+    assert planned.total < 0.9 * 80 * GIB
+    assert planned.moment == "first gradients"  # in which the largest tensor is updated
+    whole = replace(run, in_backward=False)
+    assert plan(whole).total - planned.total > 20 * GIB
 
 
 def test_offloaded_states_are_in_host_memory() -> None:
