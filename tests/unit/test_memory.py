@@ -118,8 +118,7 @@ def test_a_thousand_blocks_on_one_gpu() -> None:
     assert planned.total / GIB == pytest.approx(68.0, abs=0.5)
     assert planned.total < 0.9 * 80 * GIB
     assert planned.moment == "first gradients"  # in which the largest tensor is updated
-    whole = replace(run, in_backward=False)
-    assert plan(whole).total - planned.total > 20 * GIB
+    assert plan(replace(run, in_backward=False)).total > 80 * GIB
 
 
 def test_offloaded_states_are_in_host_memory() -> None:
