@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mvsplit.models.attention import Attention, apply_rope, rope_table
+from mvsplit.kernels.rope_norm import apply_rope
+from mvsplit.models.attention import Attention, rope_table
 from mvsplit.models.conditioning import CaptionTable, ClassTokens, SampleEmbeddings
 from mvsplit.models.dit import DiT, patchify, unpatchify
 from mvsplit.models.layers import SwiGLU

@@ -4,15 +4,19 @@ Shapes: B batch, T tokens, D width, S segments.
 
     Z  = X + β⊙P F + α⊙J(F − X)        X' = RMSNorm(Z)                      (eq. 7)
 
-J takes the mean of each segment, P = I − J. With r the reciprocal root mean square of Z, g the gradient of X',
-Δ = r·g − Z·(r³/D)·⟨g, Z⟩ per token and Δ̄ its segment mean:
+J takes the mean of each segment, P = I − J. With r the reciprocal root mean square of Z, g the gradient of X' and ⟨·⟩
+the mean over the channels of a token:
 
+    Δ  = r·(g − X'·⟨g⊙X'⟩)
     dX = Δ − α⊙Δ̄     dF = β⊙Δ + (α − β)⊙Δ̄     dα = Σ Δ⊙(F̄ − X̄)     dβ = Σ Δ⊙(F − F̄)
+
+A bar is a segment mean. Neither X nor Z is kept for the backward pass: X' is the input of the next branch anyway.
 
 Everything is computed in at least float32, whatever the dtypes of X, F and the gains; X' has X's dtype. A thousand
 blocks would round a bfloat16 trunk two thousand times, and the errors add up: see `DiT`'s argument `trunk`.
 
-`MergeNorm` must equal `merge_norm_reference`; the tests compare them in float64.
+`MergeNorm` must equal `merge_norm_reference`; the tests compare them in float64. `fused_merge_norm.py` has the same
+formulas in Triton.
 """
 
 from typing import Any
@@ -71,27 +75,53 @@ class MergeNorm(torch.autograd.Function):
         z = torch.addcmul(x, beta, update)  # in the widest of the three dtypes
         _add_rows(z, (alpha - beta) * mean_update - alpha * mean_x, segments)
         r = (z.square().mean(-1, keepdim=True) + eps).rsqrt()  # (B, T, 1)
-        ctx.save_for_backward(z, r, update, mean_update, mean_x, alpha, beta)
+        normed = z.mul_(r)  # X', before it is rounded to a narrower trunk's dtype
+        out = normed.to(x.dtype)
+        ctx.save_for_backward(normed, r, update, mean_update, mean_x, alpha, beta)
         ctx.segments = segments
-        return (z * r).to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        z, r, update, mean_update, mean_x, alpha, beta = ctx.saved_tensors
+        normed, r, update, mean_update, mean_x, alpha, beta = ctx.saved_tensors
         segments = ctx.segments
-        g = g.to(z.dtype)
-        inner = (g * z).mean(-1, keepdim=True)  # ⟨g, Z⟩/D
-        delta = torch.addcmul(r * g, z, r**3 * inner, value=-1)
+        g = g.to(normed.dtype)
+        inner = (g * normed).mean(-1, keepdim=True)  # ⟨g⊙X'⟩
+        delta = torch.addcmul(g, normed, inner, value=-1).mul_(r)
         mean_delta = segment_mean(delta, segments)  # (B, S, D)
-        # Sums over each segment's tokens. A tensor of segment lengths would have to be copied to the GPU, a sync.
-        sum_delta = torch.stack([row * n for row, n in zip(mean_delta.unbind(1), segments, strict=True)], dim=1)
-        d_alpha = (sum_delta * (mean_update - mean_x)).sum((0, 1))
-        d_beta = (delta * update).sum((0, 1)) - (sum_delta * mean_update).sum((0, 1))
-        d_update = _add_rows(beta * delta, (alpha - beta) * mean_delta, segments)
-        d_x = _add_rows(delta, -alpha * mean_delta, segments)
-        gradients = zip((d_x, d_update, d_alpha, d_beta), ctx.types, strict=True)
+        sum_delta_update = (delta * update).sum((0, 1))
+        found = corrected(delta, mean_delta, sum_delta_update, mean_update, mean_x, alpha, beta, segments)
+        gradients = zip(found, ctx.types, strict=True)
         return *(gradient.to(dtype) for gradient, dtype in gradients), None, None
+
+
+def corrected(
+    delta: Tensor,
+    mean_delta: Tensor,
+    sum_delta_update: Tensor,
+    mean_update: Tensor,
+    mean_x: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    segments: Segments,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, update, alpha and beta.
+
+    Args:
+        delta: Δ, (B, T, D); overwritten.
+        mean_delta: Δ̄, (B, S, D).
+        sum_delta_update: Σ Δ⊙F, (D,).
+        mean_update, mean_x: F̄ and X̄, (B, S, D).
+        alpha, beta: (D,), at least float32.
+        segments: lengths that add up to T.
+    """
+    # Sums over each segment's tokens. A tensor of segment lengths would have to be copied to the GPU, a sync.
+    sum_delta = torch.stack([row * n for row, n in zip(mean_delta.unbind(1), segments, strict=True)], dim=1)
+    d_alpha = (sum_delta * (mean_update - mean_x)).sum((0, 1))
+    d_beta = sum_delta_update - (sum_delta * mean_update).sum((0, 1))
+    d_update = _add_rows(beta * delta, (alpha - beta) * mean_delta, segments)
+    return _add_rows(delta, -alpha * mean_delta, segments), d_update, d_alpha, d_beta
 
 
 def _add_rows(x: Tensor, rows: Tensor, segments: Segments) -> Tensor:
@@ -101,7 +131,9 @@ def _add_rows(x: Tensor, rows: Tensor, segments: Segments) -> Tensor:
     return x
 
 
-def merge_norm(x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments, eps: float) -> Tensor:
+def merge_norm(
+    x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: Segments, eps: float, fused: bool = False
+) -> Tensor:
     """RMSNorm(X + β⊙P F + α⊙J(F − X)).
 
     Args:
@@ -109,9 +141,14 @@ def merge_norm(x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments:
         alpha, beta: (D,).
         segments: lengths that add up to T.
         eps: ε of the norm.
+        fused: use the Triton kernels; see `KernelChoice`.
 
     Returns:
         (B, T, D), in x's dtype.
     """
+    if fused:
+        from mvsplit.kernels import fused_merge_norm  # here: Triton may be missing
+
+        return fused_merge_norm.merge_norm(x, update, alpha, beta, segments, eps)[0]
     out: Tensor = MergeNorm.apply(x, update, alpha, beta, segments, eps)
     return out

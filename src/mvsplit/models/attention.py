@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvsplit.kernels.merge_norm import upcast
-from mvsplit.models.layers import Linear, rms_norm
+from mvsplit.kernels.rope_norm import rope_norm
+from mvsplit.models.layers import Linear
 
 
 def rope_table(
@@ -41,18 +41,6 @@ def rope_table(
     return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each plane (i, i + E/2): (a, b) → (a·cos − b·sin, b·cos + a·sin).
-
-    Args:
-        x: (B, H, T, E) queries or keys.
-        cos, sin: (T, E) from `rope_table`.
-    """
-    first, second = x.chunk(2, dim=-1)
-    swapped = torch.cat([second, first], dim=-1)
-    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
-
-
 class Attention(nn.Module):
     """Full (unmasked) attention over image and context tokens; scale 1/√E.
 
@@ -61,7 +49,12 @@ class Attention(nn.Module):
         num_heads: H.
         qk_eps: ε of the query/key norm (reference code: 1e-6).
         writer_std: initial standard deviation of the writer W_O (see `Residual.writer_std`).
+
+    Attributes:
+        fused: whether RoPE and QK-norm use the Triton kernels; set by the network.
     """
+
+    fused = False
 
     def __init__(self, width: int, num_heads: int, qk_eps: float = 1e-6, writer_std: float | None = None) -> None:
         super().__init__()
@@ -75,10 +68,7 @@ class Attention(nn.Module):
 
         RoPE and QK-norm are computed in at least float32; the results have the dtype of `qkv`.
         """
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, E)
-        qk = qkv[:, :, :2].permute(2, 0, 3, 1, 4).flatten(0, 1)  # (2B, H, T, E): one pass for both
-        q, k = rms_norm(apply_rope(upcast(qk), cos, sin), self.qk_eps).to(qkv.dtype).chunk(2)
-        return q, k, qkv[:, :, 2].transpose(1, 2)
+        return rope_norm(qkv, cos, sin, self.qk_eps, self.num_heads, self.fused)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attend. x: (B, T, D); cos, sin: (T, E) from `rope_table`. Returns (B, T, D)."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mvsplit.kernels.swiglu import swiglu
+
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Root-mean-square normalisation over the last dimension, without weights (paper: all norms of the network)."""
@@ -72,7 +74,12 @@ class SwiGLU(nn.Module):
         width: D.
         hidden: F.
         writer_std: initial standard deviation of the writer W₂ (see `Residual.writer_std`).
+
+    Attributes:
+        fused: whether the pointwise part uses the Triton kernels; set by the network.
     """
+
+    fused = False
 
     def __init__(self, width: int, hidden: int, writer_std: float | None = None) -> None:
         super().__init__()
@@ -80,5 +87,4 @@ class SwiGLU(nn.Module):
         self.w2 = Linear(hidden, width, std=writer_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w13(x).chunk(2, dim=-1)  # (B, T, F) each
-        return self.w2(F.silu(gate) * value)  # (B, T, D)
+        return self.w2(swiglu(self.w13(x), self.fused))  # (B, T, D)

@@ -236,7 +236,8 @@ def saved_bytes(run: Callable[[], Tensor], module: nn.Module, shared: Sequence[A
         shared: tensors that are not counted either, since all blocks share them.
 
     Returns:
-        The result of `run()`, and the bytes of the distinct storages that are kept, including the input's.
+        The result of `run()`, and the bytes of the distinct storages that are kept, including the input's but not the
+        result's: it is the next block's input, and counted there.
     """
     sizes: dict[int, int] = {}
     others = {_identity(t) for t in shared if isinstance(t, Tensor)}
@@ -249,6 +250,7 @@ def saved_bytes(run: Callable[[], Tensor], module: nn.Module, shared: Sequence[A
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
+    sizes.pop(_identity(result), None)
     return result, sum(sizes.values())
 
 

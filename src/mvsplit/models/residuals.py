@@ -51,6 +51,8 @@ class Residual(nn.Module):
     default_writer_init: WriterInit = "zero"
     normalises_output = True
     """Whether the trunk leaves this residual RMS-normalised; if not, the network ends with a norm."""
+    fused = False
+    """Whether merge and norm use the Triton kernels, where there are some; set by the network."""
 
     def __init__(
         self,
@@ -212,7 +214,8 @@ class MVSplit(Residual):
 
     def forward(self, x: Tensor, update: Tensor, segments: Segments) -> Tensor:
         if self.split and self.mean_update == "leaky":  # the paper's form has a fused kernel
-            return merge_norm(x, update, self.alpha, self.beta, self._means_over(x, segments), self.eps)
+            segments = self._means_over(x, segments)
+            return merge_norm(x, update, self.alpha, self.beta, segments, self.eps, self.fused)
         return super().forward(x, update, segments)
 
 
