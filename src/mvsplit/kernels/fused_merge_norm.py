@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """The MV-Split merge and the norm after it in Triton; `merge_norm.py` has the formulas, and their plain form.
 
 Shapes: B batch, T tokens, D width, S segments.
@@ -129,11 +128,12 @@ def _deltas(
     sum_delta = tl.zeros((ROWS, BLOCK), ACC)
     sum_product = tl.zeros((ROWS, BLOCK), ACC)
     for token in range(start, end, ROWS):
-        row = token + tl.arange(0, ROWS)[:, None]
+        line = token + tl.arange(0, ROWS)
+        row = line[:, None]
         at, keep = row * D + columns, (row < end) & (columns < D)
         normed = tl.load(out + at, keep, other=0).to(ACC)
         grad = tl.load(g + at, keep, other=0).to(ACC)
-        scale = tl.load(r + row, row < end, other=0)
+        scale = tl.load(r + line, line < end, other=0)[:, None]
         found = scale * (grad - normed * (tl.sum(grad * normed, 1, keep_dims=True) / D))
         tl.store(delta + at, found, keep)
         sum_delta += found

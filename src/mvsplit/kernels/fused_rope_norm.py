@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """RoPE, QK-norm and the split into heads in Triton; `rope_norm.py` has the formulas, and their plain form.
 
 Shapes: B batch, T tokens, D width, H heads, E head dimension (D/H).
@@ -17,15 +16,15 @@ from mvsplit.kernels.triton_ops import accumulator, operator, power_of_two, wrap
 
 
 @triton.jit
-def _normed(source, target, r, r_at, at, keep, row_keep, cos, sin, HALF: tl.constexpr, EPS: tl.constexpr):
+def _normed(source, target, r, r_at, at, keep, line_keep, cos, sin, HALF: tl.constexpr, EPS: tl.constexpr):
     """Rotate and normalise rows of two halves; `at`: places in `source` and `target`."""
     first = tl.load(source + at[0], keep, other=0).to(cos.dtype)
     second = tl.load(source + at[0] + HALF, keep, other=0).to(cos.dtype)
     turned1, turned2 = first * cos - second * sin, second * cos + first * sin
-    scale = tl.rsqrt(tl.sum(turned1 * turned1 + turned2 * turned2, 1, keep_dims=True) / (2 * HALF) + EPS)
-    tl.store(target + at[1], turned1 * scale, keep)
-    tl.store(target + at[1] + HALF, turned2 * scale, keep)
-    tl.store(r + r_at, scale, row_keep)
+    scale = tl.rsqrt(tl.sum(turned1 * turned1 + turned2 * turned2, 1) / (2 * HALF) + EPS)
+    tl.store(target + at[1], turned1 * scale[:, None], keep)
+    tl.store(target + at[1] + HALF, turned2 * scale[:, None], keep)
+    tl.store(r + r_at, scale, line_keep)
 
 
 @triton.jit
@@ -35,14 +34,14 @@ def _copied(source, target, at, keep, HALF: tl.constexpr):
 
 
 @triton.jit
-def _gradient(g, normed, r, target, r_at, at, keep, row_keep, cos, sin, HALF: tl.constexpr):
+def _gradient(g, normed, r, target, r_at, at, keep, line_keep, cos, sin, HALF: tl.constexpr):
     """The gradient of rows before their rotation; `at`: places in `target`, and in `g` and `normed`."""
     n1 = tl.load(normed + at[1], keep, other=0).to(cos.dtype)
     n2 = tl.load(normed + at[1] + HALF, keep, other=0).to(cos.dtype)
     g1 = tl.load(g + at[1], keep, other=0).to(cos.dtype)
     g2 = tl.load(g + at[1] + HALF, keep, other=0).to(cos.dtype)
     inner = tl.sum(g1 * n1 + g2 * n2, 1, keep_dims=True) / (2 * HALF)
-    scale = tl.load(r + r_at, row_keep, other=0)
+    scale = tl.load(r + r_at, line_keep, other=0)[:, None]
     d1, d2 = scale * (g1 - n1 * inner), scale * (g2 - n2 * inner)
     tl.store(target + at[0], d1 * cos + d2 * sin, keep)
     tl.store(target + at[0] + HALF, d2 * cos - d1 * sin, keep)
@@ -54,10 +53,10 @@ def _places(
     H: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """Of a program's rows, which are heads of tokens: places in qkv and in q, rotations, and what exists."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    line = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = line[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    row_keep = row < rows
-    keep = row_keep & (column < HALF)
+    keep = (row < rows) & (column < HALF)
     number = row // H
     packed = number.to(tl.int64) * (6 * H * HALF) + (row % H) * (2 * HALF) + column
     apart = row.to(tl.int64) * (2 * HALF) + column
@@ -65,7 +64,7 @@ def _places(
     # The tables repeat themselves: cosines (c, c), sines (-s, s).
     cosine = tl.load(cos + angle, keep, other=0).to(ACC)
     sine = tl.load(sin + angle + HALF, keep, other=0).to(ACC)
-    return packed, apart, cosine, sine, row, row_keep, keep
+    return packed, apart, cosine, sine, line, line < rows, keep
 
 
 @triton.jit
@@ -73,10 +72,12 @@ def _forward_kernel(
     qkv, cos, sin, q, k, v, r, rows, tokens,
     H: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr
 ):  # fmt: skip
-    packed, apart, c, s, row, row_keep, keep = _places(cos, sin, rows, tokens, r.dtype.element_ty, H, HALF, BLOCK, ROWS)
+    packed, apart, c, s, line, line_keep, keep = _places(
+        cos, sin, rows, tokens, r.dtype.element_ty, H, HALF, BLOCK, ROWS
+    )
     D: tl.constexpr = 2 * H * HALF
-    _normed(qkv, q, r, row, (packed, apart), keep, row_keep, c, s, HALF, EPS)
-    _normed(qkv + D, k, r, row + rows, (packed, apart), keep, row_keep, c, s, HALF, EPS)
+    _normed(qkv, q, r, line, (packed, apart), keep, line_keep, c, s, HALF, EPS)
+    _normed(qkv + D, k, r, line + rows, (packed, apart), keep, line_keep, c, s, HALF, EPS)
     _copied(qkv + 2 * D, v, (packed, apart), keep, HALF)
 
 
@@ -85,10 +86,12 @@ def _backward_kernel(
     dq, dk, dv, q, k, r, cos, sin, d_qkv, rows, tokens,
     H: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    packed, apart, c, s, row, row_keep, keep = _places(cos, sin, rows, tokens, r.dtype.element_ty, H, HALF, BLOCK, ROWS)
+    packed, apart, c, s, line, line_keep, keep = _places(
+        cos, sin, rows, tokens, r.dtype.element_ty, H, HALF, BLOCK, ROWS
+    )
     D: tl.constexpr = 2 * H * HALF
-    _gradient(dq, q, r, d_qkv, row, (packed, apart), keep, row_keep, c, s, HALF)
-    _gradient(dk, k, r, d_qkv + D, row + rows, (packed, apart), keep, row_keep, c, s, HALF)
+    _gradient(dq, q, r, d_qkv, line, (packed, apart), keep, line_keep, c, s, HALF)
+    _gradient(dk, k, r, d_qkv + D, line + rows, (packed, apart), keep, line_keep, c, s, HALF)
     _copied(dv, d_qkv + 2 * D, (apart, packed), keep, HALF)
 
 

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """The pointwise part of SwiGLU in Triton; `swiglu.py` has the formula, and its plain form.
 
 Shapes: B batch, T tokens, F feed-forward hidden width, N rows (B·T).

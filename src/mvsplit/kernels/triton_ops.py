@@ -15,9 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1), then also on tensors of a CPU."""
 
-WIDEST = 8192
-"""The most channels that a row in registers may have."""
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -35,7 +32,8 @@ _launches: list[Launch] | None = None
 def recorded() -> Iterator[list[Launch]]:
     """Record the launches inside; with fake tensors, on a machine without a GPU too."""
     global _launches
-    _launches = launches = []
+    launches: list[Launch] = []
+    _launches = launches
     try:
         yield launches
     finally:

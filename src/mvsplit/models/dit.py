@@ -7,6 +7,7 @@ trunk by residuals (`models/residuals.py`). There is neither AdaLN nor a timeste
 from its input (paper: a linear probe on the image-token mean predicts t with R² ≈ 0.998).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from annotated_types import Ge, Len
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from mvsplit.kernels.choice import Fused, KernelChoice, Kernels, Sizes
 from mvsplit.kernels.merge_norm import Segments, upcast
 from mvsplit.models.attention import Attention, rope_table
 from mvsplit.models.compiled import Compilable, Compile, append_blocks, check_compiler
@@ -58,6 +60,11 @@ class Block(Compilable):
         x = self.residual1(x, self.attention(self.residual1.branch_input(x), cos, sin), segments)
         return self.residual2(x, self.ffn(self.residual2.branch_input(x)), segments)
 
+    def use(self, fused: Fused) -> None:
+        """Use these fused operations."""
+        self.attention.fused, self.ffn.fused = fused.rope_norm, fused.swiglu
+        self.residual1.fused = self.residual2.fused = fused.merge_norm
+
 
 def check_sizes(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: Compile) -> None:
     """Raise `ValueError` for what fits no transformer of patches; called before anything is built."""
@@ -91,6 +98,9 @@ class PatchTransformer(nn.Module):
             the paper's kernels; each merge rounds the trunk, and two thousand roundings are a random walk. In both
             cases merges, norms, token means, RoPE and QK-norm are computed in float32, and branches in the dtype of
             the weights or of autocast.
+        kernels: `plain`: PyTorch's operations; `fused`: Triton kernels for the paper's merge, RoPE with QK-norm, and
+            SwiGLU; `auto`: plain on a CPU, on a GPU for each what is faster at the first batch. Each process times for
+            itself: choose `fused` or `plain` for runs that must be equal to the last bit.
 
     Raises:
         ValueError: for sizes that do not fit together; names the key.
@@ -113,8 +123,9 @@ class PatchTransformer(nn.Module):
         checkpointing: Checkpointing | None = None,
         compile: Compile = False,
         trunk: Literal["float32", "compute"] = "float32",
+        kernels: Kernels = "auto",
     ) -> None:
-        self.check(image_size, patch_size, width, num_heads, compile)
+        self.check(image_size, patch_size, width, num_heads, compile, kernels)
         super().__init__()
         self.patch_size, self.channels, self.eps, self.trunk = patch_size, channels, eps, trunk
         self.compile_when = compile
@@ -132,15 +143,20 @@ class PatchTransformer(nn.Module):
         append_blocks(self.blocks, new, compile)
         last: Block = self.blocks[-1]  # type: ignore[assignment]
         self.normalise_output = not last.residual2.normalises_output
+        self.kernels, self._fused = KernelChoice(kernels, last.residual1.has_fused), Fused()
+        self._sizes = functools.partial(Sizes, self.segments, width, num_heads, hidden)
         tables = rope_table(self.rows, self.columns, width // num_heads, rope_theta, self.context.num_tokens)
         # As integers, (2, T, D/H): `network.bfloat16()` and its like round buffers of floats and leave these alone.
         self.rope: Tensor
         self.register_buffer("rope", torch.stack(tables).view(torch.int32), persistent=False)
 
     @staticmethod
-    def check(image_size: list[int], patch_size: int, width: int, num_heads: int, compile: Compile) -> None:
+    def check(
+        image_size: list[int], patch_size: int, width: int, num_heads: int, compile: Compile, kernels: Kernels = "auto"
+    ) -> None:
         """Raise `ValueError` for sizes that do not fit; called on the composed config before anything is built."""
         check_sizes(image_size, patch_size, width, num_heads, compile)
+        KernelChoice.check(kernels, width)
         if (head_dim := width // num_heads) % 4:
             raise ValueError(f"model.num_heads = {num_heads}: width / num_heads = {head_dim} must be divisible by 4")
 
@@ -171,6 +187,12 @@ class PatchTransformer(nn.Module):
         x = torch.cat([rms_norm(tokens, self.eps) for tokens in entries], dim=1)  # (B, T, D)
         if self.trunk == "compute":
             x = x.to(patches.dtype)
+        compiled = any(block.compiled for block in self.blocks)
+        if (fused := self.kernels.choose(self._sizes(x.dtype, patches.dtype), x, compiled)) != self._fused:
+            self._fused = fused
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                block.use(fused)
         first: Residual = self.blocks[0].residual1  # type: ignore[assignment]
         last: Residual = self.blocks[-1].residual2  # type: ignore[assignment]
         return last.leave(self.checkpointing.run(self.blocks, first.enter(x), *self.rope_tables, self.segments))

@@ -52,7 +52,8 @@ class Residual(nn.Module):
     normalises_output = True
     """Whether the trunk leaves this residual RMS-normalised; if not, the network ends with a norm."""
     fused = False
-    """Whether merge and norm use the Triton kernels, where there are some; set by the network."""
+    """Whether merge and norm use the Triton kernels, if the residual `has_fused`; set by the network."""
+    has_fused = False
 
     def __init__(
         self,
@@ -194,6 +195,7 @@ class MVSplit(Residual):
         super().__init__(width, **common)
         self.segment_means, self.mean_update = segment_means, mean_update
         self.split = self.branch == "attention" or not attention_only
+        self.has_fused = self.split and mean_update == "leaky"  # the paper's form
         if self.split:
             self.beta = self.gain(beta_init)
             if mean_update != "none":
@@ -213,7 +215,7 @@ class MVSplit(Residual):
         return z + self.alpha * mean_update if self.mean_update == "plain" else z
 
     def forward(self, x: Tensor, update: Tensor, segments: Segments) -> Tensor:
-        if self.split and self.mean_update == "leaky":  # the paper's form has a fused kernel
+        if self.has_fused:
             segments = self._means_over(x, segments)
             return merge_norm(x, update, self.alpha, self.beta, segments, self.eps, self.fused)
         return super().forward(x, update, segments)
