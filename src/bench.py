@@ -1,4 +1,4 @@
-"""Benchmarks: `python src/bench.py data|depth|gpu|memory|precision|sampling|save|stability [key=value …]`.
+"""Benchmarks: `python src/bench.py data|depth|gpu|kernels|memory|precision|sampling|save|stability|step [key=value …]`.
 
 Keys are explained in `configs/bench_*.yaml`; `python src/bench.py data --help` shows those of `data`.
 """
@@ -47,6 +47,10 @@ def check(name: str, cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
         module.check_sizes(config)
     elif name == "precision":
         module.Config.check(config["width"], config["num_heads"], config["device"])
+    elif name == "kernels":
+        module.Config.check(*(config[key] for key in ("widths", "num_heads", "segments", "device", "compile")))
+    elif name == "step":
+        module.Config.check(*(config[key] for key in ("image_shape", "patch_size", "width", "num_heads", "device")))
     elif name == "sampling":
         module.check_values(config)
     elif name in ("save", "stability"):
@@ -102,11 +106,13 @@ BENCHMARKS = {
     "data": "data",
     "depth": "depth",
     "gpu": "gpu.frame",
+    "kernels": "kernel_cost",
     "memory": "memory",
     "precision": "precision",
     "sampling": "sampling_cost",
     "save": "saving",
     "stability": "monitor_cost",
+    "step": "step_cost",
 }
 """Benchmark → its module in `mvsplit.benchmarks`."""
 

@@ -1,18 +1,22 @@
 """Shared by the benchmarks: their common keys, training runs in separate processes, and writing results."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import PositiveInt
 
+from mvsplit.utils.allowed import FILE, owners_list
 from mvsplit.utils.config import Seed
 from mvsplit.utils.console import info
+from mvsplit.utils.errors import UserError
 from mvsplit.utils.files import whole_file
 from mvsplit.utils.run_dirs import PROJECT_ROOT
 
@@ -44,6 +48,22 @@ def override(key: str, value: object) -> str:
     """A Hydra override whose value, usually a path, may contain any of `, = ' [`."""
     quoted = re.sub(r"(\\*)('|\Z)", lambda match: 2 * match[1] + match[2].replace("'", r"\'"), str(value))
     return f"{key}='{quoted}'"
+
+
+def other_merge(name: str) -> Callable[..., Any]:
+    """The function `package.module:function`, if this checkout's owner allows it.
+
+    Raises:
+        UserError: if it is not in the allow-list, or does not exist.
+    """
+    module, _, function = name.partition(":")
+    if f"{module}.{function}" not in owners_list().targets:
+        raise UserError(f"against = {name}: must be in {FILE.relative_to(PROJECT_ROOT)}, as {module}.{function}")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"against = {name}: not found ({error})") from error
+    return found
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
