@@ -142,9 +142,17 @@ def time_ratios(sizes: Sizes, batch: int, device: torch.device, compile: bool) -
         batch: B; less is timed where it has many tokens.
         compile: time compiled operations.
     """
+    from torch._dynamo import config  # here: importing it takes a second
+
     ratios = {}
     batch = max(1, min(batch, TOKENS // max(1, sum(sizes.segments))))
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    # Compiled once for each operation and choice: more often than Dynamo expects of one function.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        config.patch(recompile_limit=256),
+    ):
         for name, (function, inputs) in operations(sizes, batch, device).items():
             plain, expected = _timed(lambda *t, f=function: f(*t, False), inputs, compile)
             try:
