@@ -47,11 +47,7 @@ def check(name: str, cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
         module.check_sizes(config)
     elif name == "precision":
         module.Config.check(config["width"], config["num_heads"], config["device"])
-    elif name == "kernels":
-        module.Config.check(*(config[key] for key in ("widths", "num_heads", "segments", "device", "compile")))
-    elif name == "step":
-        module.Config.check(*(config[key] for key in ("image_shape", "patch_size", "width", "num_heads", "device")))
-    elif name == "sampling":
+    elif name in ("kernels", "sampling", "step"):
         module.check_values(config)
     elif name in ("save", "stability"):
         benchmark_run(cfg, config)

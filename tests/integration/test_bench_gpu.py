@@ -150,7 +150,7 @@ def test_results_are_read_as_they_were_written(bench: Bench) -> None:
 
 def test_cases_are_chosen_by_section_and_pattern(bench: Bench) -> None:
     cases = frame.all_cases(bench)
-    assert len(cases) == 33
+    assert len(cases) == 37
     assert frame.chosen(cases, None) == list(cases)
     assert frame.chosen(cases, ["faults/*/nan", "share"]) == [
         "faults/cpu/nan", "faults/deepspeed/nan", "share/fsdp"
@@ -218,7 +218,7 @@ def test_every_run_on_a_gpu_has_a_valid_config(bench: Bench, tmp_path: Path, mon
     """Runs that need a GPU are composed and checked like any training."""
     monkeypatch.setattr(config, "PACKAGES", (*config.PACKAGES, f"{PROBES}."))  # as in benchmarks/gpu/train_run.py
     bench.machine["kind"] = "cuda"
-    assert len(frame.all_cases(bench)) == 78
+    assert len(frame.all_cases(bench)) == 83
     channels, *sides = bench.of("memory")["latents"]
     (tmp_path / "data" / f"latents_{channels}_{sides[0]}_{sides[1]}").mkdir(parents=True)
     strategies, faulty = bench.of("strategies"), bench.of("faults")
@@ -294,7 +294,7 @@ def test_the_deepest_is_searched_around_the_plan(
 
 @pytest.mark.long
 def test_parts_of_each_kind_for_cpus(script: Script, data_dir: Path, tmp_path: Path) -> None:
-    # All 33 take ten minutes: `python src/bench.py gpu device=cpu`. Strategies and the share are in the test above.
+    # All 37 take ten minutes: `python src/bench.py gpu device=cpu`. Strategies and the share are in the test above.
     parts = "tests,faults/cpu/kill,scripts/sample"
     line = script("bench.py", "gpu", "device=cpu", f"sections=[{parts}]", f"paths.data_dir={data_dir}")
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=1800, check=False)

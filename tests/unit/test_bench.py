@@ -14,10 +14,12 @@ import pytest
 from conftest import SRC, compose_config
 
 import bench
-from mvsplit.benchmarks import ablation, data, depth, monitor_cost, synthetic_sets
+from mvsplit.benchmarks import ablation, common, data, depth, monitor_cost, synthetic_sets
 from mvsplit.benchmarks.gpu import frame
 from mvsplit.benchmarks.saving import TimedSaver, summarise
 from mvsplit.data.order import StreamOrder
+from mvsplit.kernels.merge_norm import merge_norm_reference
+from mvsplit.utils.allowed import OwnersList
 from mvsplit.utils.config import check_config, to_plain
 from mvsplit.utils.errors import UserError
 
@@ -150,6 +152,54 @@ def test_the_cost_of_monitoring_is_measured(run_script: Run, tmp_path: Path) -> 
     assert found["full_share"] == pytest.approx(0.02 + 0.48 / 100 + 2 / 1000)
 
 
+@pytest.mark.slow
+def test_each_optimisation_of_a_step_is_timed_against_plain_eager(run_script: Run, tmp_path: Path) -> None:
+    tiny = ["depths=[2,4]", "width=16", "num_heads=2", "batch_size=4", "sampled=2", "rounds=2", "compile_depths=[2,4]"]
+    done = run_script("bench.py", "step", *tiny)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("logs/bench_step/runs/*/bench_step.json")
+    result = json.loads(file.read_text())
+    ways = ["plain eager", "compiled block"]
+    expected = {(depth, "train", way + end) for depth in (2, 4) for way in ways for end in ("", ", recomputed")}
+    expected |= {(depth, "sample", way) for depth in (2, 4) for way in ways}
+    assert {(row["blocks"], row["kind"], row["way"]) for row in result["steps"]} == expected
+    for row in result["steps"]:
+        assert row["ms_per_block"] == pytest.approx(1e3 * row["seconds"] / row["blocks"])
+        assert row["ratios"][0] <= row["ratio"] <= row["ratios"][1]
+        if row["way"].startswith("plain"):
+            assert row["ratio"] == 1
+    assert set(result["compile_s"]) == {"2", "4"}
+    assert min(result["compile_s"].values()) > 0
+
+
+def slow_merge(x: Any, update: Any, alpha: Any, beta: Any, segments: tuple[int, ...], eps: float) -> Any:
+    return merge_norm_reference(x, update, alpha, beta, segments, eps)
+
+
+@pytest.mark.slow
+def test_operations_are_timed_against_a_copy_and_against_another_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "owners_list", lambda: OwnersList(targets=[f"{__name__}.slow_merge"]))
+    changes = [
+        "widths=[16]",
+        "num_heads=2",
+        "segments=[5,0]",
+        "batch_size=2",
+        "rounds=2",
+        f"against={__name__}:slow_merge",
+    ]
+    cfg = compose_config(f"paths.output_dir={tmp_path}", *changes, name="bench_kernels.yaml")
+    result = bench.bench("kernels", cfg)
+    forms = {(row["operation"], row["form"]) for row in result["kernels"]}
+    plain = {(op, form) for op in ("merge_norm", "rope_norm", "swiglu") for form in ("plain", "plain, compiled")}
+    assert forms == plain | {("merge_norm", f"{__name__}:slow_merge")}
+    assert all(row["forward_share"] > 0 and row["backward_share"] > 0 for row in result["kernels"])
+    assert result["offline"], "compiled for a GPU that is not there"
+    assert all(row["spills"] == 0 for row in result["offline"])
+    assert json.loads((tmp_path / "bench_kernels.json").read_text())["settings"] == result["settings"]
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
@@ -167,6 +217,12 @@ def test_the_cost_of_monitoring_is_measured(run_script: Run, tmp_path: Path) -> 
         ("memory", "table.depths=[10000000000]", "table.depths = [10000000000]: must be less than or equal to 100000"),
         ("precision", "limits=null", "limits = None: must be a group of keys"),
         ("precision", "width=30", "width = 30: must be divisible by num_heads = 4"),
+        ("step", "width=30", "width = 30: must be divisible by num_heads = 4"),
+        ("step", "device=cuda", "device = cuda: this machine has no usable GPU; use auto or cpu"),
+        ("step", "against=os:system", "against = os:system: must be in configs/local/allowed.yaml, as os.system"),
+        ("kernels", "widths=[1024,36]", "widths = 36: must be divisible by 4 · num_heads = 32"),
+        ("kernels", "segments=[0,0]", "segments = [0, 0]: must contain a token"),
+        ("kernels", "against=os:system", "against = os:system: must be in configs/local/allowed.yaml, as os.system"),
     ],
 )
 def test_wrong_keys_of_benchmarks_are_reported_with_their_names(name: str, wrong: str, message: str) -> None:

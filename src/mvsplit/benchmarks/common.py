@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import PositiveInt
 
+from mvsplit.models.compiled import missing_for_compiling
 from mvsplit.utils.allowed import FILE, owners_list
 from mvsplit.utils.config import Seed
 from mvsplit.utils.console import info
@@ -48,6 +50,20 @@ def override(key: str, value: object) -> str:
     """A Hydra override whose value, usually a path, may contain any of `, = ' [`."""
     quoted = re.sub(r"(\\*)('|\Z)", lambda match: 2 * match[1] + match[2].replace("'", r"\'"), str(value))
     return f"{key}='{quoted}'"
+
+
+def check_machine(config: dict[str, Any], compile: bool = True) -> None:
+    """Check the keys `device` and `against`, and that blocks can be compiled.
+
+    Raises:
+        UserError: for a missing GPU or compiler, or a function that is not allowed.
+    """
+    if config["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = cuda: this machine has no usable GPU; use auto or cpu")
+    if compile and (missing := missing_for_compiling()):
+        raise UserError(f"this machine cannot compile blocks: {missing.partition(';')[0]}")
+    if config["against"]:
+        other_merge(config["against"])
 
 
 def other_merge(name: str) -> Callable[..., Any]:

@@ -18,12 +18,11 @@ from pydantic import NonNegativeInt, PositiveInt
 from rich.table import Column, Table
 from torch import Tensor
 
-from mvsplit.benchmarks.common import RoundsConfig, other_merge, save_figures
+from mvsplit.benchmarks.common import RoundsConfig, check_machine, other_merge, save_figures
 from mvsplit.benchmarks.sampling_by_depth import seconds_now
 from mvsplit.evaluation.generation import best_device
 from mvsplit.kernels import offline
 from mvsplit.kernels.choice import Operation, Sizes, available, operations
-from mvsplit.models.compiled import check_compiler
 from mvsplit.utils.console import info, print_table, progress
 from mvsplit.utils.errors import UserError
 
@@ -45,20 +44,15 @@ class Config(RoundsConfig):
     offline: bool
     against: str | None
 
-    @staticmethod
-    def check(widths: list[int], num_heads: int, segments: list[int], device: str, compile: bool) -> None:
-        """Raise an error for sizes that do not fit together, or a missing GPU or compiler."""
-        for width in widths:
-            if width % (4 * num_heads):
-                raise UserError(f"widths = {width}: must be divisible by 4 · num_heads = {4 * num_heads}")
-        if not sum(segments):
-            raise UserError(f"segments = {segments}: must contain a token")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device = cuda: this machine has no usable GPU; use auto or cpu")
-        try:
-            check_compiler(compile)
-        except ValueError as error:
-            raise UserError(str(error).replace("model.", "")) from None
+
+def check_values(config: dict[str, Any]) -> None:
+    """Raise `UserError` for sizes that do not fit together, a missing GPU or compiler, or another merge not allowed."""
+    for width in config["widths"]:
+        if width % (4 * config["num_heads"]):
+            raise UserError(f"widths = {width}: must be divisible by 4 · num_heads = {4 * config['num_heads']}")
+    if not sum(config["segments"]):
+        raise UserError(f"segments = {config['segments']}: must contain a token")
+    check_machine(config, config["compile"])
 
 
 class Form:

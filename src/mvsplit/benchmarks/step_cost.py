@@ -24,13 +24,13 @@ from pydantic import NonNegativeInt, PositiveInt
 from rich.table import Column, Table
 from torch import Tensor, nn
 
-from mvsplit.benchmarks.common import RoundsConfig, other_merge, save_figures
+from mvsplit.benchmarks.common import RoundsConfig, check_machine, other_merge, save_figures
 from mvsplit.benchmarks.sampling_by_depth import seconds_now
 from mvsplit.evaluation.generation import best_device
+from mvsplit.flow.graph_replay import GraphReplay
 from mvsplit.flow.sampler import guided_velocity
 from mvsplit.kernels.choice import KernelChoice
 from mvsplit.kernels.merge_norm import Segments
-from mvsplit.models.compiled import check_compiler
 from mvsplit.models.conditioning import ClassTokens
 from mvsplit.models.dit import DiT
 from mvsplit.models.recompute import Checkpointing
@@ -60,16 +60,14 @@ class Config(RoundsConfig):
     compile_depths: Annotated[list[PositiveInt], Len(2)] | None
     against: str | None
 
-    @staticmethod
-    def check(image_shape: list[int], patch_size: int, width: int, num_heads: int, device: str) -> None:
-        """Raise `ValueError` for sizes that do not fit together, or a missing GPU or compiler."""
-        try:
-            DiT.check(image_shape[1:], patch_size, width, num_heads, False)
-            check_compiler(True)
-        except ValueError as error:
-            raise UserError(str(error).replace("model.", "")) from None
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device = cuda: this machine has no usable GPU; use auto or cpu")
+
+def check_values(config: dict[str, Any]) -> None:
+    """Raise `UserError` for sizes that do not fit together, a missing GPU or compiler, or another merge not allowed."""
+    try:
+        DiT.check(config["image_shape"][1:], config["patch_size"], config["width"], config["num_heads"], False)
+    except ValueError as error:
+        raise UserError(str(error).replace("model.", "")) from None
+    check_machine(config)
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,8 @@ class Way:
     recompute: int = 0
     merge: Callable[..., Any] | None = None
     """In place of `merge_norm`."""
+    replay: bool = False
+    """Whether a sampling step is replayed as a CUDA graph."""
 
     @contextmanager
     def applied(self, network: Any) -> Iterator[None]:
@@ -124,6 +124,7 @@ class Case:
 
     def __init__(self, deepest: Any, depth: int, config: dict[str, Any], device: torch.device) -> None:
         self.network, self.depth, self.device = deepest, depth, device
+        self.replays: dict[str, GraphReplay] = {}
         self.blocks = nn.ModuleList(list(deepest.blocks)[:depth])
         generator = torch.Generator().manual_seed(config["seed"])
         batch, sampled, shape = config["batch_size"], config["sampled"], config["image_shape"]
@@ -132,24 +133,25 @@ class Case:
         self.labels = torch.arange(batch, device=device) % NUM_CLASSES
         self.noise, self.classes = self.z[:1].repeat(sampled, 1, 1, 1), torch.arange(sampled, device=device) % 10
 
-    def train(self) -> None:
+    def train(self, way: Way) -> None:
         """A forward and backward pass."""
         self.network(self.z, self.t, self.labels).square().mean().backward()
         for parameter in self.network.parameters():
             parameter.grad = None
 
     @torch.no_grad()
-    def sample(self) -> None:
+    def sample(self, way: Way) -> None:
         """A step of a guided solver."""
-        guided_velocity(self.network, self.classes, 2.0)(self.noise, 0.5)
+        network = self.replays.setdefault(way.name, GraphReplay(self.network)) if way.replay else self.network
+        guided_velocity(network, self.classes, 2.0)(self.noise, 0.5)
 
-    def seconds(self, way: Way, run: Callable[[], None]) -> float:
+    def seconds(self, way: Way, run: Callable[[Way], None]) -> float:
         everything = self.network._modules["blocks"]
         self.network._modules["blocks"] = self.blocks
         try:
             with way.applied(self.network):
                 begun = seconds_now(self.device)
-                run()
+                run(way)
                 return seconds_now(self.device) - begun
         finally:
             self.network._modules["blocks"] = everything
@@ -181,6 +183,8 @@ def measure(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     network = random_network(config, max(config["depths"])).to(device, dtype)
     ways, cases = ways_of(config, device.type == "cuda"), [Case(network, d, config, device) for d in config["depths"]]
     sampling = [way for way in ways if not way.recompute]
+    if device.type == "cuda":
+        sampling += [replace(way, name=f"{way.name}, replayed", replay=True) for way in (sampling[0], sampling[-1])]
     turns = [(case, "train", way) for case in cases for way in ways]
     turns += [(case, "sample", way) for case in cases for way in sampling]
     seconds: dict[tuple[int, str, str], list[float]] = {}

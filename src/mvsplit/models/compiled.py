@@ -67,7 +67,6 @@ class Compilable(nn.Module):
 @functools.cache
 def _compiled(kind: Any, recompute: bool) -> Callable[..., Tensor]:
     """The compiled `compute` of a class of blocks. Raises after eight recompilations, instead of running uncompiled."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns on machines with CUDA but no GPU
 
     def plain(block: Compilable, x: Tensor, *args: Any) -> Tensor:
         return block.compute(x, *args)
@@ -76,7 +75,13 @@ def _compiled(kind: Any, recompute: bool) -> Callable[..., Tensor]:
         # Inside of what is compiled, so that only what the backward pass reads is computed again.
         return checkpoint(block.compute, x, *args, use_reentrant=False)
 
+    _expect_no_gpu()
     return torch.compile(recomputed if recompute else plain, fullgraph=True)
+
+
+def _expect_no_gpu() -> None:
+    """PyTorch's compiler warns on a machine with CUDA but without a GPU, where users compile for the CPU on purpose."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def append_blocks(blocks: nn.ModuleList, new: Iterable[Compilable], compile: Compile) -> None:
@@ -154,6 +159,7 @@ def compile_if_repaid(network: Any, passes: int, batch: int, training: bool) -> 
 @functools.cache
 def _compiler_works() -> bool:
     """Whether a small function can be compiled: a compiler may be found and yet be of no use."""
+    _expect_no_gpu()
     try:
         torch.compile(lambda x: (x.sin() + 1).cos(), fullgraph=True)(torch.zeros(8))
     except Exception as error:  # whatever a compiler does: `auto` never stops a run

@@ -187,7 +187,7 @@ class PatchTransformer(nn.Module):
         x = torch.cat([rms_norm(tokens, self.eps) for tokens in entries], dim=1)  # (B, T, D)
         if self.trunk == "compute":
             x = x.to(patches.dtype)
-        compiled = any(block.compiled for block in self.blocks)
+        compiled = bool(self.blocks[0].compiled)
         if (fused := self.kernels.choose(self._sizes(x.dtype, patches.dtype), x, compiled)) != self._fused:
             self._fused = fused
             for block in self.blocks:

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mvsplit.benchmarks.common import write_json
-from mvsplit.benchmarks.gpu import device_cases, train_cases
+from mvsplit.benchmarks.gpu import device_cases, speed_cases, train_cases
 from mvsplit.benchmarks.gpu.cases import Bench, CaseError, DeadlineError, Run, SkipError, TrainedRun, make_empty
 from mvsplit.training.session import locked
 from mvsplit.training.settings import Paths
@@ -38,6 +38,7 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Run]]] = {
     "scripts": train_cases.scripts,
     "two_processes": train_cases.two_processes,
     "share": device_cases.share,
+    "speed": speed_cases.speed,
     "memory": device_cases.memory,
 }
 """Sections in the order in which they run: cheap and informative cases come first."""
@@ -61,6 +62,7 @@ KEYS: dict[str, Any] = {  # of `bench_gpu.yaml`
     "training": per_device(list[str]), "scripts": per_device(list[str]),
     "strategies": Variants, "faults": Variants, "two_processes": Variants,
     "tests": per_device(dict[str, PositiveInt | list[PositiveInt]]), "share": per_device(dict[str, PositiveInt]),
+    "speed": per_device(make_dataclass("Speed", dict.fromkeys(speed_cases.CASES, list[str]).items())),
     "memory": per_device(make_dataclass("Memory", {
         "network": list[str], "latents": Annotated[list[PositiveInt], Len(3)], "depths": list[PositiveInt],
         "strategies": Overrides, "modes": Overrides, "deepest": Overrides,
