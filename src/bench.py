@@ -42,7 +42,8 @@ def check(name: str, cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
     module = importlib.import_module(f"mvsplit.benchmarks.{BENCHMARKS[name]}")
     config = to_checked(cfg, module.Config)
     if name == "memory":
-        check_experiment(HydraConfig.get())  # first: replaced groups need not fit together
+        if HydraConfig.initialized():
+            check_experiment(HydraConfig.get())  # first: replaced groups need not fit together
         settings.check_together(config)
         module.check_sizes(config)
     elif name == "precision":

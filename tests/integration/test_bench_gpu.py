@@ -103,7 +103,7 @@ def test_a_killed_benchmark_resumes_with_the_unfinished_cases(script: Script, da
 
 def test_a_section_that_does_not_exist_is_one_line(run_script: Run) -> None:
     done = run_script("bench.py", "gpu", "device=cpu", "sections=[stratgies]")
-    allowed = "allowed: tests, strategies, faults, scripts, two_processes, share, memory, or section/case"
+    allowed = "allowed: tests, strategies, faults, scripts, two_processes, share, speed, memory, or section/case"
     assert (done.returncode, done.stderr) == (2, f"error: sections = stratgies: no such section or case; {allowed}\n")
 
 

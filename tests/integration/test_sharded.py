@@ -130,6 +130,16 @@ def test_two_ranks_train_what_one_process_trains(worker: Worker, strategy: str, 
         close(records[0]["gradient"], expected, 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["deepspeed", pytest.param("fsdp", marks=pytest.mark.long)])
+def test_compiled_and_recomputed_blocks_train_alike(worker: Worker, strategy: str) -> None:
+    options = ["model.compile=true", "model.checkpointing.every=1", f"trainer={strategy}"]
+    records = worker("train", *SMALL, *options)
+    alone = built(*SMALL, "model.compile=false")
+    train_alone(alone, records, 1)
+    close(records[0]["final"], weights(alone), 1e-4)
+
+
 # Without memory, and with an ε that makes Adam's step nearly the gradient: what bf16 does to one shows in the other.
 DEEP = ["model=tiny", "model.depth=200", "model.width=64", "model.num_heads=4", "data.batch_size=8",
         "data.num_workers=0", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.gradient_clip_val=0.1",

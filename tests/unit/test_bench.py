@@ -70,9 +70,8 @@ def test_all_figures_are_there_and_nothing_is_left(run_script: Run, tmp_path: Pa
 def test_an_unknown_benchmark_is_reported_in_one_line() -> None:
     command = [sys.executable, str(SRC / "bench.py"), "memry"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    allowed = (
-        "allowed: data, depth, gpu, memory, precision, sampling, save, stability, as in `python src/bench.py data`"
-    )
+    names = "data, depth, gpu, kernels, memory, precision, sampling, save, stability, step"
+    allowed = f"allowed: {names}, as in `python src/bench.py data`"
     assert (done.returncode, done.stderr) == (2, f"error: benchmark = memry: unknown; {allowed}\n")
     with pytest.raises(UserError, match="benchmark: missing; allowed: data"):
         bench.split_command(["bench.py", "rounds=1"])

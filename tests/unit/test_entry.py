@@ -55,7 +55,7 @@ def children_cpu_s() -> float:
         (["study.py", "width"], 2, "study = width: unknown; allowed: depth, residuals, or report FOLDER", 2.5),
         (["report.py", "/nowhere", "--outptu"], 2, "see python src/report.py --help", 2.5),
         (["train.py", "--help"], 0, "residual: ", 2.5),
-        (["bench.py", "--help"], 0, "data|depth|gpu|memory|precision|sampling|save|stability", 2.5),
+        (["bench.py", "--help"], 0, "data|depth|gpu|kernels|memory|precision|sampling|save|stability|step", 2.5),
         (["bench.py", "data", "--help"], 0, "rounds: 5", 2.5),
         (["report.py", "--help"], 0, "FOLDER", 2.5),
     ],

@@ -90,6 +90,7 @@ def test_kernels_spill_nothing_and_load_16_bytes(widths: tuple[int, ...], types:
         assert row["widest_load"] == 16 or row["width"] != 1024, row
 
 
+@pytest.mark.apart
 def test_compiled_code_sees_the_kernels_for_any_batch_size() -> None:
     from torch._dynamo.backends.common import aot_autograd
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -174,10 +175,10 @@ def test_auto_takes_the_faster_form_and_times_once(
 
     monkeypatch.setattr(choice, "_can_time", lambda x, sizes: True)
     monkeypatch.setattr(choice, "time_ratios", ratios)
-    chooser = KernelChoice("auto", compile=True)
+    chooser = KernelChoice("auto")
     with caplog.at_level(logging.INFO):
         for batch in (4, 3, 1):
-            assert chooser.choose(SIZES, torch.zeros(batch, 8, 16)) == Fused(merge_norm=True)
-    assert len(calls) == 1
+            assert chooser.choose(SIZES, torch.zeros(batch, 8, 16), compile=True) == Fused(merge_norm=True)
+    assert [compiled for *_, compiled in calls] == [True]
     assert "kernels: merge_norm fused (0.61 × plain's time), rope_norm plain (1.10 × plain's time)" in caplog.text
     assert KernelChoice("auto", merges=False).choose(SIZES, torch.zeros(4, 8, 16)) == Fused()

@@ -30,18 +30,20 @@ class Compilable(nn.Module):
 
     Attributes:
         compiled: whether `forward` runs the compiled code.
+        may_fail: run uncompiled, with a warning, if the code cannot be compiled; otherwise that is an error.
         watched: runs uncompiled; the block has hooks on its parts, which compiled code would not call.
         per_sample: how many of `forward`'s arguments after x have a row for each sample of the batch.
     """
 
     compiled = False
+    may_fail = False
     watched = False
     per_sample = 0
     compute: Callable[..., Tensor]
 
     @property
     def runs_compiled(self) -> bool:
-        return self.compiled and not self.watched
+        return self.compiled and not self.watched and type(self) not in _uncompilable
 
     def forward(self, x: Tensor, *args: Any, recompute: bool = False) -> Tensor:
         """Run the block.
@@ -61,7 +63,19 @@ class Compilable(nn.Module):
             for tensor in (x, *args[: self.per_sample]):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         kind: Any = type(self)
-        return _compiled(kind, recompute and training)(self, x, *args)
+        try:
+            return _compiled(kind, recompute and training)(self, x, *args)
+        except Exception as error:
+            from torch._dynamo.exc import TorchDynamoException  # here: importing it takes seconds
+
+            if not (self.may_fail and isinstance(error, TorchDynamoException)):
+                raise
+            _uncompilable.add(kind)  # for all blocks: each attempt takes seconds
+            log.warning(f"model.compile = auto: blocks run uncompiled ({str(error).strip().splitlines()[0]})")
+            return self.compute(x, *args)
+
+
+_uncompilable: set[type] = set()
 
 
 @functools.cache
@@ -151,7 +165,7 @@ def compile_if_repaid(network: Any, passes: int, batch: int, training: bool) -> 
     if saved < COMPILING * (1 if training else 0.5) or missing_for_compiling() or not _compiler_works():
         return False
     for block in blocks:
-        block.compiled = True
+        block.compiled = block.may_fail = True
     log.info(f"compiling one block for all {len(blocks)}: takes {COMPILING:.0f} s at most, saves about {saved:.0f} s")
     return True
 

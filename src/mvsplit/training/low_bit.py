@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mvsplit.models.dit import check_compiler
+from mvsplit.models.compiled import missing_for_compiling
 from mvsplit.utils.rng import Stream, uniform_at
 
 Moments = Literal["float32", "bfloat16", "8bit"]
@@ -153,11 +153,7 @@ def update(
 @functools.cache
 def _compiled() -> Callable[..., None]:
     """`update` as one kernel, where there is a compiler; it is some hundred kernels otherwise."""
-    try:
-        check_compiler(True)
-    except ValueError:
-        return update
-    return torch.compile(update, dynamic=True)
+    return update if missing_for_compiling() else torch.compile(update, dynamic=True)
 
 
 def _read(stored: dict[str, Tensor], name: str) -> Tensor:
