@@ -99,15 +99,12 @@ def test_auto_compiles_only_what_repays_it(monkeypatch: pytest.MonkeyPatch, capl
 
 
 @pytest.mark.slow
-def test_a_compiler_that_does_not_work_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_compiler_that_does_not_work_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
     compiled._compiler_works.cache_clear()
     assert compiled._compiler_works()
     compiled._compiler_works.cache_clear()
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("false",))
-    with torch._inductor.utils.fresh_cache():
+    with torch._inductor.config.patch({"cpp.cxx": ("false",)}), torch._inductor.utils.fresh_cache():
         assert not compiled._compiler_works()
     compiled._compiler_works.cache_clear()
     (line,) = [record.getMessage() for record in caplog.records if record.name == compiled.log.name]
