@@ -20,12 +20,13 @@ RUNS = {
     "in_backward": IN_BACKWARD,
     "all": [*IN_BACKWARD, "optim.moments=8bit", "trainer.precision=bf16-true"],
 }
+SOME = [pytest.param(kind, marks=[] if kind in ("muon", "all") else pytest.mark.long) for kind in RUNS]
 LONGER = ["optim.warmup_steps=2", "optim.schedule=constant"]
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", SOME)
 def test_a_resumed_run_is_the_uninterrupted_one(train_here: TrainHere, tmp_path: Path, kind: str) -> None:
     train_here(*RUNS[kind], *LONGER, run="whole")
     train_here(*RUNS[kind], *LONGER, "trainer.max_steps=3", run="part")
@@ -67,7 +68,7 @@ def test_another_optimisers_checkpoint_is_refused(train_here: TrainHere, tmp_pat
     assert {tensor.dtype for tensor in moments.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", SOME)
 def test_each_learns(train_here: TrainHere, tmp_path: Path, kind: str) -> None:
     silent = [
         "callbacks.sample_grid=null",

@@ -219,6 +219,7 @@ def test_operations_are_timed_against_a_copy_and_against_another_merge(
         ("step", "width=30", "width = 30: must be divisible by num_heads = 4"),
         ("step", "device=cuda", "device = cuda: this machine has no usable GPU; use auto or cpu"),
         ("step", "against=os:system", "against = os:system: must be in configs/local/allowed.yaml, as os.system"),
+        ("step", "against=merge", "against = merge: must be package.module:function"),
         ("kernels", "widths=[1024,36]", "widths = 36: must be divisible by 4 · num_heads = 32"),
         ("kernels", "segments=[0,0]", "segments = [0, 0]: must contain a token"),
         ("kernels", "against=os:system", "against = os:system: must be in configs/local/allowed.yaml, as os.system"),

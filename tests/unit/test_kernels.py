@@ -55,8 +55,12 @@ def test_fused_blocks_train_and_recompute_to_the_bit() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "topic", ["accuracy_of_the_merge", "accuracy_of_branches", "operators", "whole_network", "recomputation"]
-)
+    "topic",
+    [
+        "accuracy_of_the_merge", "accuracy_of_branches", "operators",
+        *(pytest.param(topic, marks=pytest.mark.long) for topic in ("whole_network", "recomputation")),
+    ],
+)  # fmt: skip
 def test_fused_operations_in_all_combinations(topic: str) -> None:
     interpret("all", topic)
 

@@ -73,6 +73,8 @@ def other_merge(name: str) -> Callable[..., Any]:
         UserError: if it is not in the allow-list, or does not exist.
     """
     module, _, function = name.partition(":")
+    if not module or not function:
+        raise UserError(f"against = {name}: must be package.module:function")
     if f"{module}.{function}" not in owners_list().targets:
         raise UserError(f"against = {name}: must be in {FILE.relative_to(PROJECT_ROOT)}, as {module}.{function}")
     try:
