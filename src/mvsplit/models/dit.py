@@ -60,8 +60,11 @@ class Block(Compilable):
         x = self.residual1(x, self.attention(self.residual1.branch_input(x), cos, sin), segments)
         return self.residual2(x, self.ffn(self.residual2.branch_input(x)), segments)
 
+    fused = Fused()
+
     def use(self, fused: Fused) -> None:
         """Use these fused operations."""
+        self.fused = fused
         self.attention.fused, self.ffn.fused = fused.rope_norm, fused.swiglu
         self.residual1.fused = self.residual2.fused = fused.merge_norm
 
@@ -143,7 +146,7 @@ class PatchTransformer(nn.Module):
         append_blocks(self.blocks, new, compile)
         last: Block = self.blocks[-1]  # type: ignore[assignment]
         self.normalise_output = not last.residual2.normalises_output
-        self.kernels, self._fused = KernelChoice(kernels, last.residual1.has_fused), Fused()
+        self.kernels = KernelChoice(kernels, last.residual1.has_fused)
         self._sizes = functools.partial(Sizes, self.segments, width, num_heads, hidden)
         tables = rope_table(self.rows, self.columns, width // num_heads, rope_theta, self.context.num_tokens)
         # As integers, (2, T, D/H): `network.bfloat16()` and its like round buffers of floats and leave these alone.
@@ -188,11 +191,10 @@ class PatchTransformer(nn.Module):
         if self.trunk == "compute":
             x = x.to(patches.dtype)
         compiled = bool(self.blocks[0].compiled)
-        if (fused := self.kernels.choose(self._sizes(x.dtype, patches.dtype), x, compiled)) != self._fused:
-            self._fused = fused
-            for block in self.blocks:
-                assert isinstance(block, Block)
-                block.use(fused)
+        fused = self.kernels.choose(self._sizes(x.dtype, patches.dtype), x, compiled)
+        for block in self.blocks:
+            if block.fused != fused:
+                block.use(fused)  # type: ignore[operator]
         first: Residual = self.blocks[0].residual1  # type: ignore[assignment]
         last: Residual = self.blocks[-1].residual2  # type: ignore[assignment]
         return last.leave(self.checkpointing.run(self.blocks, first.enter(x), *self.rope_tables, self.segments))
