@@ -52,14 +52,19 @@ def override(key: str, value: object) -> str:
     return f"{key}='{quoted}'"
 
 
+def check_device(name: str) -> None:
+    """Raise `UserError` if the key `device` asks for a GPU that is missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = cuda: this machine has no usable GPU; use auto or cpu")
+
+
 def check_machine(config: dict[str, Any], compile: bool = True) -> None:
     """Check the keys `device` and `against`, and that blocks can be compiled.
 
     Raises:
         UserError: for a missing GPU or compiler, or a function that is not allowed.
     """
-    if config["device"] == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = cuda: this machine has no usable GPU; use auto or cpu")
+    check_device(config["device"])
     if compile and (missing := missing_for_compiling()):
         raise UserError(f"this machine cannot compile blocks: {missing.partition(';')[0]}")
     if config["against"]:

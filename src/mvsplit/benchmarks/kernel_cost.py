@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from mvsplit.benchmarks.common import RoundsConfig, check_machine, other_merge, save_figures
-from mvsplit.benchmarks.sampling_by_depth import seconds_now
+from mvsplit.benchmarks.sampling_by_depth import fastest, seconds_now
 from mvsplit.evaluation.generation import best_device
 from mvsplit.kernels import offline
 from mvsplit.kernels.choice import Operation, Sizes, available, operations
@@ -85,12 +85,8 @@ def least_bytes(operation: str, inputs: list[Tensor], outputs: list[Tensor]) -> 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second that a copy of 256 MiB reads and writes, the best of five."""
     source = torch.zeros(1 << 28, dtype=torch.uint8, device=device)
-    target, times = torch.empty_like(source), []
-    for _ in range(6):
-        begun = seconds_now(device)
-        target.copy_(source)
-        times.append(seconds_now(device) - begun)
-    return float(2 * source.nbytes / min(times[1:]))
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / fastest(lambda: target.copy_(source), device)
 
 
 def forms_of(

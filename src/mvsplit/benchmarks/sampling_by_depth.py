@@ -6,7 +6,7 @@ runs about the same number of blocks, so that other load on the machine affects 
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from mvsplit.models.dit import DiT
 from mvsplit.models.layers import standard_std
 from mvsplit.models.residuals import MVSplit
 from mvsplit.utils.console import progress
+from mvsplit.utils.errors import UserError
 
 NUM_CLASSES = 10
 WAYS = ("guided", "unguided")
@@ -38,8 +39,7 @@ class FreshNetwork:
     """
 
     def __init__(self, deepest: DiT, depth: int, labels: Tensor, noise: Tensor) -> None:
-        self.network = copy.copy(deepest)
-        self.network._modules = deepest._modules | {"blocks": deepest.blocks[:depth]}
+        self.network = first_blocks(deepest, depth)
         self.depth, self.labels, self.noise = depth, labels, noise
 
     def sample(self, cfg_scale: float, steps: int) -> Tensor:
@@ -85,23 +85,54 @@ def seconds_now(device: torch.device) -> float:
     return time.thread_time() if clock_name(device) == "processor time" else time.perf_counter()
 
 
+def fastest(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of five calls, after one that is not counted."""
+    times = []
+    for _ in range(6):
+        begun = seconds_now(device)
+        run()
+        times.append(seconds_now(device) - begun)
+    return min(times[1:])
+
+
 def clock_name(device: torch.device) -> str:
     """What `seconds_now` counts."""
     return "processor time" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall-clock time"
 
 
-def fresh_networks(config: dict[str, Any], device: torch.device) -> list[FreshNetwork]:
-    """One per depth, shallowest first: MV-Split with nonzero writers, β = 1/√depth of the deepest."""
+def check_network(config: dict[str, Any]) -> None:
+    """Raise `UserError` for sizes that `random_network` cannot have."""
+    _, *size = config["image_shape"]
+    try:
+        DiT.check(size, config["patch_size"], config["width"], config["num_heads"], False)
+    except ValueError as error:
+        raise UserError(str(error).replace("model.", "")) from None
+
+
+def random_network(config: dict[str, Any], depth: int, device: torch.device) -> DiT:
+    """MV-Split with nonzero writers, β = 1/√depth."""
     channels, *size = config["image_shape"]
-    depths = sorted(config["depths"])
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(config["seed"])
         context = partial(ClassTokens, num_classes=NUM_CLASSES)
         residual = partial(MVSplit, writer_init="standard")
         width, heads = config["width"], config["num_heads"]
-        deepest = DiT(size, channels, config["patch_size"], depths[-1], width, heads, context, residual).eval()
-        nn.init.normal_(deepest.final_proj.weight, std=standard_std(config["width"]))
-    deepest = deepest.to(getattr(torch, config["precision"]))
+        network = DiT(size, channels, config["patch_size"], depth, width, heads, context, residual).eval()
+        nn.init.normal_(network.final_proj.weight, std=standard_std(config["width"]))
+    return network.to(getattr(torch, config["precision"]))
+
+
+def first_blocks(deepest: DiT, depth: int) -> DiT:
+    """A network of the first blocks of another, which is not changed."""
+    network = copy.copy(deepest)
+    network._modules = deepest._modules | {"blocks": deepest.blocks[:depth]}
+    return network
+
+
+def fresh_networks(config: dict[str, Any], device: torch.device) -> list[FreshNetwork]:
+    """One per depth, shallowest first; β is that of the deepest."""
+    depths = sorted(config["depths"])
+    deepest = random_network(config, depths[-1], device)
     index = torch.arange(config["batch_size"], device=device)
     noise = sample_noise(config["seed"], index, config["image_shape"])
     return [FreshNetwork(deepest, depth, index % NUM_CLASSES, noise) for depth in depths]

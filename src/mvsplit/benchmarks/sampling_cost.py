@@ -15,10 +15,11 @@ from annotated_types import Ge, Len
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.table import Column, Table
 
-from mvsplit.benchmarks.common import RoundsConfig, save_figures
+from mvsplit.benchmarks.common import RoundsConfig, check_device, save_figures
 from mvsplit.benchmarks.cost_figure import save_tradeoff
 from mvsplit.benchmarks.sampling_by_depth import (
     WAYS,
+    check_network,
     clock_name,
     cost_by_depth,
     fresh_networks,
@@ -27,7 +28,6 @@ from mvsplit.benchmarks.sampling_by_depth import (
 )
 from mvsplit.benchmarks.sampling_quality import TrainedNetworks, in_words, sampler_node, show_quality
 from mvsplit.evaluation.generation import best_device
-from mvsplit.models.dit import DiT
 from mvsplit.utils.config import check_tree
 from mvsplit.utils.console import info, print_table, show_table
 from mvsplit.utils.errors import UserError
@@ -74,11 +74,7 @@ def check_values(config: dict[str, Any]) -> None:
     Raises:
         UserError: for values that do not fit together, a wrong key of a sampler, or a missing GPU.
     """
-    _, *size = config["image_shape"]
-    try:
-        DiT.check(size, config["patch_size"], config["width"], config["num_heads"], False)
-    except ValueError as error:
-        raise UserError(str(error).replace("model.", "")) from None
+    check_network(config)
     depths = config["depths"]
     if len(set(depths)) < len(depths):
         raise UserError(f"depths = {depths}: must differ from each other")
@@ -86,8 +82,7 @@ def check_values(config: dict[str, Any]) -> None:
         raise UserError(f"reference_depth = {config['reference_depth']}: must be one of depths = {depths}")
     if config["cfg_scale"] == 1:
         raise UserError("cfg_scale = 1: must differ from 1, which is no guidance")
-    if config["device"] == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = cuda: this machine has no usable GPU; use auto or cpu")
+    check_device(config["device"])
     for name, keys in config["samplers"].items():
         try:
             check_tree(f"samplers.{name}", sampler_node(keys))

@@ -22,24 +22,28 @@ import torch
 from annotated_types import Len
 from pydantic import NonNegativeInt, PositiveInt
 from rich.table import Column, Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvsplit.benchmarks.common import RoundsConfig, check_machine, other_merge, save_figures
-from mvsplit.benchmarks.sampling_by_depth import seconds_now
+from mvsplit.benchmarks.sampling_by_depth import (
+    NUM_CLASSES,
+    check_network,
+    fastest,
+    first_blocks,
+    random_network,
+    seconds_now,
+)
 from mvsplit.evaluation.generation import best_device
 from mvsplit.flow.graph_replay import GraphReplay
 from mvsplit.flow.sampler import guided_velocity
 from mvsplit.kernels.choice import KernelChoice
 from mvsplit.kernels.merge_norm import Segments
-from mvsplit.models.conditioning import ClassTokens
 from mvsplit.models.dit import DiT
 from mvsplit.models.recompute import Checkpointing
-from mvsplit.models.residuals import MVSplit
 from mvsplit.utils.console import print_table, progress
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.run_dirs import PROJECT_ROOT
 
-NUM_CLASSES = 10
 PLAIN, RECOMPUTED = "plain eager", ", recomputed"
 
 
@@ -63,10 +67,7 @@ class Config(RoundsConfig):
 
 def check_values(config: dict[str, Any]) -> None:
     """Raise `UserError` for sizes that do not fit together, a missing GPU or compiler, or another merge not allowed."""
-    try:
-        DiT.check(config["image_shape"][1:], config["patch_size"], config["width"], config["num_heads"], False)
-    except ValueError as error:
-        raise UserError(str(error).replace("model.", "")) from None
+    check_network(config)
     check_machine(config)
 
 
@@ -122,16 +123,19 @@ def ways_of(config: dict[str, Any], on_gpu: bool) -> list[Way]:
 class Case:
     """A network of one depth with its inputs."""
 
-    def __init__(self, deepest: Any, depth: int, config: dict[str, Any], device: torch.device) -> None:
-        self.network, self.depth, self.device = deepest, depth, device
+    def __init__(self, deepest: DiT, depth: int, config: dict[str, Any], device: torch.device) -> None:
+        self.network: Any = first_blocks(deepest, depth)
+        self.depth, self.device = depth, device
         self.replays: dict[str, GraphReplay] = {}
-        self.blocks = nn.ModuleList(list(deepest.blocks)[:depth])
         generator = torch.Generator().manual_seed(config["seed"])
         batch, sampled, shape = config["batch_size"], config["sampled"], config["image_shape"]
         self.z = torch.randn(batch, *shape, generator=generator).to(device)
         self.t = torch.rand(batch, generator=generator).to(device)
         self.labels = torch.arange(batch, device=device) % NUM_CLASSES
-        self.noise, self.classes = self.z[:1].repeat(sampled, 1, 1, 1), torch.arange(sampled, device=device) % 10
+        self.noise, self.classes = (
+            self.z[:1].repeat(sampled, 1, 1, 1),
+            torch.arange(sampled, device=device) % NUM_CLASSES,
+        )
 
     def train(self, way: Way) -> None:
         """A forward and backward pass."""
@@ -146,15 +150,10 @@ class Case:
         guided_velocity(network, self.classes, 2.0)(self.noise, 0.5)
 
     def seconds(self, way: Way, run: Callable[[Way], None]) -> float:
-        everything = self.network._modules["blocks"]
-        self.network._modules["blocks"] = self.blocks
-        try:
-            with way.applied(self.network):
-                begun = seconds_now(self.device)
-                run(way)
-                return seconds_now(self.device) - begun
-        finally:
-            self.network._modules["blocks"] = everything
+        with way.applied(self.network):
+            begun = seconds_now(self.device)
+            run(way)
+            return seconds_now(self.device) - begun
 
 
 def flop_per_sample(network: DiT, depth: int) -> int:
@@ -168,19 +167,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large matrix product, the best of five."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
-    times = []
-    for _ in range(6):
-        begun = seconds_now(device)
-        a @ a
-        times.append(seconds_now(device) - begun)
-    return float(2 * size**3 / min(times[1:]))
+    return 2 * size**3 / fastest(lambda: a @ a, device)
 
 
 def measure(config: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """Measure, print and save all figures (`bench_step.json`)."""
     device = best_device() if config["device"] == "auto" else torch.device(config["device"])
     dtype = getattr(torch, config["precision"])
-    network = random_network(config, max(config["depths"])).to(device, dtype)
+    network = random_network(config, max(config["depths"]), device)
     ways, cases = ways_of(config, device.type == "cuda"), [Case(network, d, config, device) for d in config["depths"]]
     sampling = [way for way in ways if not way.recompute]
     if device.type == "cuda":
@@ -241,15 +235,6 @@ def figures(
     }  # fmt: skip
 
 
-def random_network(config: dict[str, Any], depth: int) -> DiT:
-    """MV-Split with nonzero writers and β = 1/√depth."""
-    channels, *size = config["image_shape"]
-    context, residual = partial(ClassTokens, num_classes=NUM_CLASSES), partial(MVSplit, writer_init="standard")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config["seed"])
-        return DiT(size, channels, config["patch_size"], depth, config["width"], config["num_heads"], context, residual)
-
-
 COMPILING = """
 import json, sys, mvsplit
 from mvsplit.benchmarks import step_cost
@@ -259,7 +244,7 @@ print(step_cost.first_step(json.loads(sys.argv[1]), int(sys.argv[2])))
 
 def compile_seconds(config: dict[str, Any], depth: int) -> float:
     """Seconds that the first training step takes longer than the second, without anything compiled before."""
-    keys = ("seed", "width", "num_heads", "patch_size", "image_shape", "batch_size", "sampled")
+    keys = ("seed", "width", "num_heads", "patch_size", "image_shape", "batch_size", "sampled", "precision")
     values = json.dumps({key: config[key] for key in keys})
     with tempfile.TemporaryDirectory() as cache:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": str(PROJECT_ROOT / "src")}
@@ -272,7 +257,8 @@ def compile_seconds(config: dict[str, Any], depth: int) -> float:
 
 def first_step(config: dict[str, Any], depth: int) -> float:
     """Called in a process of its own: the difference between the first step and the faster of two more."""
-    case = Case(random_network(config, depth), depth, config, torch.device("cpu"))
+    device = torch.device("cpu")
+    case = Case(random_network(config, depth, device), depth, config, device)
     times = []
     for _ in range(3):
         begun = time.perf_counter()
