@@ -127,8 +127,9 @@ def measure_activations(model: dict[str, Any], batch: int, dtype: torch.dtype, a
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         network = build(model | {"depth": 1} | ({"checkpointing": None} if "checkpointing" in model else {}))()
         image = torch.zeros(batch, *network.input_shape, dtype=torch.float32)  # batches are not cast
-        null = getattr(getattr(network, "context", None), "null", None)
-        condition = torch.zeros(batch, dtype=torch.long) if null is None else null.expand(batch, -1, -1)
+        condition = torch.zeros(batch, dtype=torch.long)
+        if (width := getattr(network, "embedding_width", None)) is not None:
+            condition = torch.zeros(batch, network.context.num_tokens, width)
         seen: list[Any] = []
         network.blocks[0].register_forward_pre_hook(lambda _, args: seen.extend(args))
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if autocast else nullcontext():

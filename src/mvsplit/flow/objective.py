@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
+import torch
 from annotated_types import Ge, Le
 from pydantic import PositiveFloat
 from torch import Tensor
@@ -45,6 +46,21 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     """z_t = (1 − t)·x0 + t·x1."""
     t = per_sample(t, x0)
     return (1 - t) * x0 + t * x1
+
+
+def drop_condition(network: Network, condition: Tensor, mask: Tensor, null: Tensor | None = None) -> Tensor:
+    """Replace the condition of the samples where mask (B,) is true with the null condition.
+
+    Args:
+        network: knows its null condition if `null` is None.
+        condition: of the network: (B,) classes or (B, S, W) embeddings.
+        mask: (B,).
+        null: embeddings of the empty caption, (S', W) with S' ≥ S. A causal text encoder's states do not depend on
+            later padding, so the first S of them are what the caption gives when it is padded to S tokens.
+    """
+    if null is None:
+        return network.drop(condition, mask)
+    return torch.where(mask[:, None, None], null[: condition.shape[1]].to(condition.dtype), condition)
 
 
 def velocity_loss(network: Network, x0: Tensor, x1: Tensor, t: Tensor, condition: Tensor) -> Tensor:

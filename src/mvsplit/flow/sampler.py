@@ -23,7 +23,7 @@ from annotated_types import Ge, Le, Len
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from mvsplit.flow.objective import Network
+from mvsplit.flow.objective import Network, drop_condition
 from mvsplit.flow.times import time_grid
 from mvsplit.utils.rng import Stream, normal
 
@@ -38,6 +38,7 @@ def guided_velocity(
     cfg_scale: float = 1.0,
     interval: Sequence[float] = (0.0, 1.0),
     guide: Network | None = None,
+    null: Tensor | None = None,
 ) -> Velocity:
     """The velocity field for these conditions.
 
@@ -48,10 +49,13 @@ def guided_velocity(
         condition: B conditions of the network.
         cfg_scale: w.
         interval: [low, high] of t, inclusive.
-        guide: gives the other branch; None for the network's own null condition.
+        guide: gives the other branch; None for the null condition.
+        null: the null condition of embeddings, see `drop_condition`.
     """
-    null = network.drop(condition, torch.ones(len(condition), dtype=torch.bool, device=condition.device))
-    both = torch.cat([condition, null])
+    both = condition
+    if cfg_scale != 1 and guide is None:
+        everywhere = torch.ones(len(condition), dtype=torch.bool, device=condition.device)
+        both = torch.cat([condition, drop_condition(network, condition, everywhere, null)])
 
     def velocity(x: Tensor, t: float) -> Tensor:
         if cfg_scale == 1 or not interval[0] <= t <= interval[1]:
@@ -144,6 +148,7 @@ class Sampler:
         noise: Tensor,
         time_shift: float = 1.0,
         guide: Network | None = None,
+        null: Tensor | None = None,
     ) -> Tensor:
         """Generate one image per condition.
 
@@ -152,11 +157,12 @@ class Sampler:
             noise: (B, C, height, width), see `sample_noise`.
             time_shift: that of the training flow.
             guide: the network of the checkpoint that `self.guide` names.
+            null: the null condition of embeddings, see `drop_condition`.
 
         Returns:
             (B, C, height, width), in the data's range ([−1, 1] for pixels), not clamped.
         """
-        velocity = guided_velocity(network, condition, self.cfg_scale, self.cfg_interval or (0.0, 1.0), guide)
+        velocity = guided_velocity(network, condition, self.cfg_scale, self.cfg_interval or (0.0, 1.0), guide, null)
         return SOLVERS[self.solver](velocity, noise, time_grid(self.steps, self.time_shift or time_shift))
 
 

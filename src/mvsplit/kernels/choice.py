@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D width, H heads, E head dimension (D/H), F feed-forw
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -86,7 +86,7 @@ class KernelChoice:
         """
         if self.kernels == "plain" or (self.kernels == "auto" and not _can_time(x, sizes)):
             return Fused()
-        key = (sizes, x.device)
+        key = (replace(sizes, segments=sizes.segments[:1]), x.device)  # captions differ in length: not timed for each
         if key not in self._chosen:
             if self.kernels == "fused":
                 if not available(x.device):
@@ -181,7 +181,7 @@ def operations(sizes: Sizes, batch: int, device: torch.device) -> dict[str, tupl
 
     gains = [normal(sizes.width, dtype=torch.float32) for _ in range(2)]
     angle = normal(tokens, head_dim // 2, dtype=torch.float32, trained=False)
-    cos, sin = torch.cat([angle.cos()] * 2, dim=1), torch.cat([-angle.sin(), angle.sin()], dim=1)
+    cos, sin = torch.cat([angle.cos()] * 2, dim=1), torch.cat([angle.sin(), -angle.sin()], dim=1)
     x = normal(batch, tokens, sizes.width, dtype=sizes.trunk)
     update = normal(batch, tokens, sizes.width, dtype=sizes.branch)
     return {

@@ -61,7 +61,7 @@ def _places(
     packed = number.to(tl.int64) * (6 * H * HALF) + (row % H) * (2 * HALF) + column
     apart = row.to(tl.int64) * (2 * HALF) + column
     angle = (number % tokens) * (2 * HALF) + column
-    # The tables repeat themselves: cosines (c, c), sines (-s, s).
+    # The tables repeat themselves: cosines (c, c), sines (s, -s). So `sine` is -s, and the kernels turn by its angle.
     cosine = tl.load(cos + angle, keep, other=0).to(ACC)
     sine = tl.load(sin + angle + HALF, keep, other=0).to(ACC)
     return packed, apart, cosine, sine, line, line < rows, keep

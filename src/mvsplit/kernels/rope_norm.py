@@ -13,7 +13,10 @@ from mvsplit.kernels.merge_norm import upcast
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each plane (i, i + E/2): (a, b) → (a·cos − b·sin, b·cos + a·sin).
+    """Rotate each plane (i, i + E/2): (a, b) → (a·cos + b·sin, b·cos − a·sin).
+
+    This is the direction of the reference code, so that its released weights are used as they are stored. Most language
+    models rotate the other way.
 
     Args:
         x: (B, H, T, E) queries or keys.

@@ -14,7 +14,12 @@ from mvsplit.models.layers import Linear
 
 
 def rope_table(
-    rows: int, columns: int, head_dim: int, theta: float = 10000.0, num_context: int = 0
+    rows: int,
+    columns: int,
+    head_dim: int,
+    theta: float = 10000.0,
+    num_context: int = 0,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines for a rows × columns grid of image tokens in raster order, then context tokens.
 
@@ -22,7 +27,7 @@ def rope_table(
     the column, each with frequencies θ^(−k/(E/4)), k = 0 … E/4 − 1. Context tokens are not rotated.
 
     Returns:
-        Two float32 tensors (T, E). The sine's first half is negative: see `apply_rope`.
+        Two float32 tensors (T, E). The sine's second half is negative: see `apply_rope`.
 
     Raises:
         ValueError: if head_dim is not divisible by 4.
@@ -32,13 +37,13 @@ def rope_table(
     planes = head_dim // 4
     # From integers: under DeepSpeed's partitioned construction in bf16 `torch.arange` returns bf16 for any float dtype,
     # and the frequencies would be off by 1/256.
-    frequency = theta ** (-torch.arange(planes).double() / planes)
-    row = torch.arange(rows).double().repeat_interleave(columns)
-    column = torch.arange(columns).double().repeat(rows)
+    frequency = theta ** (-torch.arange(planes, device=device).double() / planes)
+    row = torch.arange(rows, device=device).double()[:, None].expand(-1, columns).flatten()
+    column = torch.arange(columns, device=device).double().repeat(rows)
     angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)  # (rows·columns, E/2)
     angle = torch.cat([angle, angle.new_zeros(num_context, 2 * planes)])  # (T, E/2)
     cos, sin = angle.cos().float(), angle.sin().float()
-    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+    return torch.cat([cos, cos], dim=1), torch.cat([sin, -sin], dim=1)
 
 
 class Attention(nn.Module):

@@ -2,9 +2,10 @@
 
 Shapes: B batch, S context tokens, D width, W embedding width (for example of a text encoder).
 
-Every context module has the same interface: `num_tokens`; `forward(condition) -> (B, S, D)`; and
+Every context module has the same interface: `num_tokens`, the most it makes; `forward(condition) -> (B, S, D)`; and
 `drop(condition, mask) -> condition`, which replaces the condition of the masked samples with the null condition.
-Label dropout in training and the unconditional branch in sampling both use `drop`.
+Label dropout in training and the unconditional branch in sampling both use `drop`, unless the null condition comes with
+the condition (`flow.objective.drop_condition`).
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from mvsplit.models.layers import Linear, normal_like
+from mvsplit.utils.errors import UserError
 
 
 class Tokens(Protocol):
@@ -99,43 +101,36 @@ class CaptionTable(ClassContext):
 
 
 class SampleEmbeddings(nn.Module):
-    """Per-sample embeddings that come with the batch (the paper: Qwen3-0.6B states, S = 256, W = 1024).
+    """A text encoder's states of each sample's caption, which come with the batch (paper: Qwen3-0.6B, W = 1024).
+
+    The number of tokens may differ between batches. There is no mask: padding takes part in attention and in token
+    means, as in the reference code. The null condition is the encoded empty caption, and comes with the batch too.
 
     Args:
         width: D.
-        num_tokens: S.
+        num_tokens: most tokens of a caption; only used to plan memory.
         embedding_width: W; 0 means D.
-        null_embedding: safetensors file with the key `embeddings`, (S, W): the encoded empty caption; None uses zeros.
     """
 
     provided = frozenset({"width"})
-    null: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        num_tokens: PositiveInt = 256,
-        embedding_width: NonNegativeInt = 0,
-        null_embedding: str | None = None,
-    ) -> None:
+    def __init__(self, width: int, num_tokens: PositiveInt = 256, embedding_width: NonNegativeInt = 0) -> None:
         super().__init__()
-        self.num_tokens = num_tokens
-        embedding_width = embedding_width or width
-        null = torch.zeros(num_tokens, embedding_width)
-        if null_embedding is not None:
-            null = _load_embeddings(Path(null_embedding)).float()
-            if null.shape != (num_tokens, embedding_width):
-                raise ValueError(f"null_embedding: shape {tuple(null.shape)}, expected {(num_tokens, embedding_width)}")
-        self.register_buffer("null", null)
-        self.proj = context_projection(embedding_width, width)
+        self.num_tokens, self.embedding_width = num_tokens, embedding_width or width
+        self.proj = context_projection(self.embedding_width, width)
 
     def forward(self, condition: Tensor) -> Tensor:
-        """condition: (B, S, W). Returns (B, S, D)."""
+        """condition: (B, S, W), any S. Returns (B, S, D)."""
+        if condition.ndim != 3 or condition.shape[2] != self.embedding_width:
+            raise UserError(
+                f"model.context: needs embeddings (samples, tokens, {self.embedding_width}) of captions, but was given"
+                f" {tuple(condition.shape)}; src/encode.py kind=text makes them"
+            )
         return self.proj(condition)
 
     def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
-        """Replace the embeddings where mask (B,) is true with the null embedding."""
-        return torch.where(mask[:, None, None], self.null.to(condition.dtype), condition)
+        """Raises `UserError`: the network does not know the empty caption's embeddings."""
+        raise UserError("model.context: the batch has captions' embeddings, but no `null_condition`")
 
 
 def context_projection(embedding_width: int, width: int) -> nn.Module:

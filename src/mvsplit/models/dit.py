@@ -24,7 +24,10 @@ from mvsplit.models.conditioning import Context, Tokens
 from mvsplit.models.layers import Linear, SwiGLU, rms_norm
 from mvsplit.models.recompute import Checkpointing
 from mvsplit.models.residuals import Residual
+from mvsplit.utils.errors import UserError
 
+MAX_SIDE = 512
+"""Most patches along a side: the size of the reference code's RoPE table."""
 ResidualFactory = Callable[..., Residual]
 """Called as `factory(width=…, depth=…, branch=…, number=…)` for each of a block's two merges."""
 
@@ -82,7 +85,7 @@ class PatchTransformer(nn.Module):
     """Image patches and a second segment of tokens in one trunk; subclasses add what reads the result.
 
     Args:
-        image_size: [height, width] in pixels (or latent cells).
+        image_size: [height, width] in pixels (or latent cells) that the network is trained on; it takes others too.
         channels: C, of the image or latent.
         patch_size: P; must divide both sides of the image.
         depth: number of blocks.
@@ -137,6 +140,7 @@ class PatchTransformer(nn.Module):
         self.input_shape = (channels, *image_size)
         self.width, self.patch_dim = width, patch_size**2 * channels
         self.context = context(width=width)
+        # At the size it is trained on, with the longest context. Batches may differ from it.
         self.segments: Segments = (self.rows * self.columns, self.context.num_tokens)
         self.patch_proj = Linear(self.patch_dim, width, bias=True)
         hidden = hidden or 3 * width
@@ -147,11 +151,8 @@ class PatchTransformer(nn.Module):
         last: Block = self.blocks[-1]  # type: ignore[assignment]
         self.normalise_output = not last.residual2.normalises_output
         self.kernels = KernelChoice(kernels, last.residual1.has_fused)
-        self._sizes = functools.partial(Sizes, self.segments, width, num_heads, hidden)
-        tables = rope_table(self.rows, self.columns, width // num_heads, rope_theta, self.context.num_tokens)
-        # As integers, (2, T, D/H): `network.bfloat16()` and its like round buffers of floats and leave these alone.
-        self.rope: Tensor
-        self.register_buffer("rope", torch.stack(tables).view(torch.int32), persistent=False)
+        self._sizes = functools.partial(Sizes, width=width, num_heads=num_heads, hidden=hidden)
+        self.rope_tables = functools.partial(rope_table, head_dim=width // num_heads, theta=rope_theta)
 
     @staticmethod
     def check(
@@ -165,14 +166,25 @@ class PatchTransformer(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, with the longest context."""
         return sum(self.segments)
 
-    @property
-    def rope_tables(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of `rope_table`, (T, D/H) each, float32."""
-        cos, sin = self.rope.view(torch.float32).unbind()
-        return cos, sin
+    def grid(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of images (B, C, height, width).
+
+        Raises:
+            UserError: for images that are not a whole number of patches, or more than the network can place.
+        """
+        shape, side = tuple(image.shape[1:]), self.patch_size
+        if len(shape) != 3 or shape[0] != self.channels or shape[1] % side or shape[2] % side or 0 in shape:
+            raise UserError(
+                f"model: images of shape {shape}; must be ({self.channels}, height, width) with both sides divisible by"
+                f" model.patch_size = {side}"
+            )
+        rows, columns = shape[1] // side, shape[2] // side
+        if max(rows, columns) > MAX_SIDE:
+            raise UserError(f"model: images of {rows} × {columns} patches; at most {MAX_SIDE} × {MAX_SIDE} are allowed")
+        return rows, columns
 
     def run(self, image: Tensor, condition: Tensor) -> Tensor:
         """The tokens after the last block: of the image, then of the context.
@@ -184,20 +196,25 @@ class PatchTransformer(nn.Module):
         Returns:
             (B, T, D).
         """
+        rows, columns = self.grid(image)
         patches = self.patch_proj(patchify(image, self.patch_size))  # (B, I, D)
         wide = upcast(patches)
         entries = (wide, self.context(condition).to(wide.dtype))  # (B, I, D), (B, S, D)
         x = torch.cat([rms_norm(tokens, self.eps) for tokens in entries], dim=1)  # (B, T, D)
+        segments = (entries[0].shape[1], entries[1].shape[1])
+        # Not a buffer: there is one for each size, `network.bfloat16()` would round it, and it takes 0.1 ms.
+        tables = self.rope_tables(rows, columns, num_context=segments[1], device=x.device)
         if self.trunk == "compute":
             x = x.to(patches.dtype)
         compiled = bool(self.blocks[0].compiled)
-        fused = self.kernels.choose(self._sizes(x.dtype, patches.dtype), x, compiled)
+        sizes = self._sizes(segments=segments, trunk=x.dtype, branch=patches.dtype)
+        fused = self.kernels.choose(sizes, x, compiled)
         for block in self.blocks:
             if block.fused != fused:
                 block.use(fused)  # type: ignore[operator]
         first: Residual = self.blocks[0].residual1  # type: ignore[assignment]
         last: Residual = self.blocks[-1].residual2  # type: ignore[assignment]
-        return last.leave(self.checkpointing.run(self.blocks, first.enter(x), *self.rope_tables, self.segments))
+        return last.leave(self.checkpointing.run(self.blocks, first.enter(x), *tables, segments))
 
     def output(self, x: Tensor) -> Tensor:
         """Tokens (B, …, D) of the last block as a head reads them: normalised."""
@@ -209,7 +226,12 @@ class PatchTransformer(nn.Module):
         return {"attention": (block.attention.proj, block.residual1), "ffn": (block.ffn.w2, block.residual2)}
 
     def heads_of(self, block: Block) -> tuple[nn.Linear, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-        return block.attention.qkv, lambda qkv: block.attention.heads(qkv, *self.rope_tables)
+        def heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            context = qkv.shape[1] - self.segments[0]
+            tables = self.rope_tables(self.rows, self.columns, num_context=context, device=qkv.device)
+            return block.attention.heads(qkv, *tables)
+
+        return block.attention.qkv, heads
 
 
 class DiT(PatchTransformer):
@@ -233,8 +255,14 @@ class DiT(PatchTransformer):
         Returns:
             (B, C, height, width).
         """
-        x = self.output(self.run(z, condition)[:, : self.segments[0]])  # (B, I, D)
-        return unpatchify(self.final_proj(x), self.patch_size, self.rows, self.columns).to(z.dtype)
+        rows, columns = self.grid(z)
+        x = self.output(self.run(z, condition)[:, : rows * columns])  # (B, I, D)
+        return unpatchify(self.final_proj(x), self.patch_size, rows, columns).to(z.dtype)
+
+    @property
+    def embedding_width(self) -> int | None:
+        """W of the captions' embeddings that it is conditioned on; None if it is conditioned on classes."""
+        return getattr(self.context, "embedding_width", None)
 
     def drop(self, condition: Tensor, mask: Tensor) -> Tensor:
         """Replace the condition where mask (B,) is true with the null condition."""

@@ -57,5 +57,6 @@ class ViT(PatchTransformer):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of the classes. image: (B, C, height, width). Returns (B, K), at least float32."""
-        x = self.run(image, image)[:, self.segments[0]]  # (B, D)
+        rows, columns = self.grid(image)
+        x = self.run(image, image)[:, rows * columns]  # (B, D)
         return upcast(self.head(self.output(x)))

@@ -29,8 +29,8 @@ class Watchable(Protocol):
     Attributes:
         blocks: a sequence of modules that are called once in a forward pass. If they return tokens (B, T, D), this
             gives ρ, token cosine and the probe of t. Sharded strategies also gather weights block by block.
-        segments: numbers of image and context tokens, which add up to T. Gives ρ of each segment. Without it, all are
-            image tokens.
+        segments: numbers of image and context tokens; of the context any number may be there. Gives ρ of each segment.
+            Without it, all are image tokens.
     """
 
     blocks: Sequence[nn.Module]
@@ -157,7 +157,7 @@ class Taps:
         def record(grad: Tensor, x: Tensor) -> None:
             self._add(number, rho=measures.rho(x), token_cosine=measures.token_cosine(x))
             if full and segments is not None:
-                image, context = x.split(segments, dim=1)
+                image, context = x.tensor_split([segments[0]], dim=1)
                 self._add(number, rho_image=measures.rho(image), rho_context=measures.rho(context))
 
         return lambda module, inputs, out: Tap.apply(out, record, out) if are_tokens(out) else None

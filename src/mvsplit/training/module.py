@@ -11,7 +11,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from mvsplit.flow.objective import Flow, velocity_loss
+from mvsplit.flow.objective import Flow, drop_condition, velocity_loss
 from mvsplit.flow.sampler import Sampler, sample_noise
 from mvsplit.flow.times import time_shift
 from mvsplit.training.network_module import Batch, Mean, NetworkModule, nan_to_infinity, require_finite
@@ -22,7 +22,7 @@ from mvsplit.utils.rng import Stream, normal
 
 def condition_of(batch: Batch) -> Tensor:
     """The network's condition for each sample: the batch's `condition` if it has one, else its class."""
-    return batch.get("condition", batch["label"])
+    return batch["condition"] if "condition" in batch else batch["label"]
 
 
 class FlowModule(NetworkModule):
@@ -60,7 +60,7 @@ class FlowModule(NetworkModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x0 = batch["image"]
         x1, t, mask = self.flow.draw(self.seed, batch["position"], x0)
-        condition = self.network.drop(condition_of(batch), mask)
+        condition = drop_condition(self.network, condition_of(batch), mask, batch.get("null_condition"))
         losses = velocity_loss(self.network, x0, x1, t, condition)  # (B,)
         loss = losses.mean()
         if self.log_training(loss, len(x0)) and not self.trainer.fit_loop._should_accumulate():
@@ -117,10 +117,10 @@ class FlowModule(NetworkModule):
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end("test")
 
-    def sample(self, condition: Tensor, index: Tensor) -> Tensor:
-        """Samples number `index` (B,) for `condition` (B,): (B, C, height, width) in the data's units.
+    def sample(self, condition: Tensor, index: Tensor, null: Tensor | None = None) -> Tensor:
+        """Samples number `index` (B,) for B conditions: (B, C, height, width) in the data's units.
 
-        Both are on the network's device.
+        All are on the network's device. `null` is the null condition of embeddings.
         """
         noise = sample_noise(self.seed, index, self.network.input_shape)
-        return self.sampler.sample(self.network, condition, noise, self.flow.time_shift)
+        return self.sampler.sample(self.network, condition, noise, self.flow.time_shift, null=null)

@@ -1,0 +1,113 @@
+"""From captions to embeddings: the states of a language model that the network reads as its context.
+
+Shapes: B captions, S tokens, W width of the states.
+
+A causal model's state at a token does not depend on what follows. With padding on the right, the states of a caption
+padded to 256 tokens begin with those of the same caption padded to 40: stored states may be cut.
+"""
+
+import hashlib
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from mvsplit.utils.errors import UserError
+
+Padding = Literal["longest", "fixed"]
+
+
+class TextEncoder(nn.Module):
+    """The last hidden states of a Qwen3 model of `transformers` (extra `text`): safetensors only, no code is loaded.
+
+    As in the reference code: no chat template, no mask in what it returns; within the model, padding is masked.
+
+    Args:
+        path: a folder, or a repository of huggingface.co.
+        revision: branch, tag or commit of the repository.
+        padding: `longest`: to the longest caption that is encoded together; `fixed`: to `max_tokens`. Padding changes
+            what a network draws, because it takes part in attention and token means.
+        max_tokens: longer captions are cut.
+        dtype: of the weights.
+        batch_size: captions that go through the model at once.
+
+    Attributes:
+        width: W.
+
+    Raises:
+        UserError: if transformers is not installed, or the model cannot be loaded or is of another kind.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        padding: Padding = "longest",
+        max_tokens: PositiveInt = 256,
+        dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        batch_size: PositiveInt = 64,
+    ) -> None:
+        super().__init__()
+        try:
+            from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Model
+        except ImportError:
+            raise UserError("text_encoder: needs another package: pip install -e '.[text]'") from None
+        where: dict[str, Any] = {"revision": revision} if revision else {}
+        try:
+            kind = AutoConfig.from_pretrained(path, trust_remote_code=False, **where).model_type
+            if kind != "qwen3":
+                raise ValueError(f"a model of type {kind}; must be qwen3")
+            # The class is named here: a tokenizer's files may name any, and some of them unpickle.
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path, padding_side="right", **where)
+            self.model = Qwen3Model.from_pretrained(
+                path, use_safetensors=True, dtype=getattr(torch, dtype), attn_implementation="sdpa", **where
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"text_encoder.path = {path}: cannot be loaded ({reason})") from None
+        self.model.requires_grad_(False).eval()
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.tokenizer.pad_token is None:
+            raise UserError(f"text_encoder.path = {path}: its tokenizer has neither a padding nor an end token")
+        self.width = int(self.model.config.hidden_size)
+        self.padding, self.max_tokens, self.batch_size = padding, max_tokens, batch_size
+        self.settings = {"path": path, "revision": revision, "max_tokens": max_tokens, "dtype": dtype}
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Encode captions together.
+
+        Returns:
+            States (B, S, W) in the weights' dtype and on their device, and the number of tokens of each caption that
+            are not padding, (B,) int64.
+        """
+        device = self.model.device
+        encoded = self.tokenizer(
+            captions,
+            padding="longest" if self.padding == "longest" else "max_length",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="np",
+        )
+        tokens = torch.from_numpy(encoded["input_ids"]).long().reshape(len(captions), -1)
+        mask = torch.from_numpy(encoded["attention_mask"]).long().reshape(len(captions), -1)
+        states = torch.zeros(*tokens.shape, self.width, dtype=self.model.dtype, device=device)
+        if tokens.shape[1]:  # all captions may be empty
+            for part in torch.arange(len(captions)).split(self.batch_size):
+                found = self.model(input_ids=tokens[part].to(device), attention_mask=mask[part].to(device))
+                states[part] = found.last_hidden_state
+        return states, mask.sum(1)
+
+    def with_null(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """States (B, S, W) of captions, and those of the empty caption, (S, W), encoded with them."""
+        states, _ = self.encode([*captions, ""])
+        return states[:-1], states[-1]
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that a caption's states depend on, as plain values, for a manifest."""
+        digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return {"name": "Qwen3", **self.settings, "width": self.width, "weights": digest.hexdigest()[:16]}
