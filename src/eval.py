@@ -41,10 +41,13 @@ class EvalConfig:
     num_samples: NonNegativeInt
     labels: Literal["equal", "random"]
     classes: Annotated[list[NonNegativeInt], Len(1)] | None
+    prompts: list[str] | str | None
+    image_size: Annotated[list[PositiveInt], Len(2, 2)] | None
     output: str | None
     batch_size: PositiveInt
     sampler: dict[str, Any]
     features: dict[str, Any] | None
+    text_encoder: dict[str, Any]
     autoencoder: dict[str, Any] | None
     trainer: dict[str, Any]
     data: dict[str, Any] | None
@@ -68,10 +71,12 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if config["samples"] is not None:
         return evaluate_files(config)
     from mvsplit.callbacks.rank_watch import RankWatch
-    from mvsplit.evaluation.generation import complete_set
-    from mvsplit.python import load_run
+    from mvsplit.evaluation.generation import check_conditions, complete_set
+    from mvsplit.python import load
 
-    run = load_run(config["ckpt_path"], config["weights"], config["paths"]["log_dir"])
+    run = load(config["ckpt_path"], config["weights"], config["precision"], config["paths"]["log_dir"])
+    if config["num_samples"]:
+        check_conditions(run, config["classes"], config["prompts"])
     about: dict[str, Any] = {"checkpoint": str(run.path.resolve()), "step": run.step, "weights": config["weights"]}
     metrics: dict[str, float] = {}
     data = quality = None
@@ -79,7 +84,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
     if first and (data := data_for(run, config)) is not None:
         metrics = validation_loss(run, data)
     if config["num_samples"]:
-        generator = run.generator(config, whole_set=True)  # changes the type of the weights, if that is asked for
+        generator = run.generator(config, whole_set=True)
         if first:
             quality, about["protocol"] = prepare(config, data, generator.image_shape)
         samples = complete_set(generator, config, RankWatch())
@@ -87,7 +92,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
             return {}
         with progress("measuring", len(samples)) as advance:
             for images, labels in map(samples.read, range(samples.num_batches)):
-                quality.update(images, labels)
+                quality.update(images, None if generator.prompts is not None else labels)
                 advance(len(images))
         about["protocol"] = {"samples": samples.settings, **about["protocol"]}
         metrics |= results(quality, data)

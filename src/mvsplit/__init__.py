@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mvsplit.python import build as build
     from mvsplit.python import compose as compose
-    from mvsplit.python import load_run as load_run
+    from mvsplit.python import load as load
 
 # How long OpenMP threads spin while they wait for the next operation. On an idle machine this is as fast as spinning
 # forever; under load the default makes steps many times slower.
@@ -25,8 +25,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`from mvsplit import load_run` imports PyTorch, `import mvsplit` does not."""
-    if name not in ("build", "compose", "load_run"):
+    """`from mvsplit import load` imports PyTorch, `import mvsplit` does not."""
+    if name not in ("build", "compose", "load"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mvsplit import python
 

@@ -1,4 +1,4 @@
-"""For notebooks and your own scripts: `from mvsplit import build, compose, load_run`."""
+"""For notebooks and your own scripts: `from mvsplit import build, compose, load`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +8,14 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from mvsplit.data.autoencoders import Autoencoder
 from mvsplit.data.datamodule import ShardDataModule
 from mvsplit.data.folders import RESOLVERS
-from mvsplit.evaluation.generation import Generator, check_classes, draw
+from mvsplit.data.latent_space import LatentDecoder
+from mvsplit.data.text_encoder import TextEncoder
+from mvsplit.evaluation.generation import Generator, Precision, check_conditions, draw
 from mvsplit.evaluation.inputs import data_of, decoder_of
+from mvsplit.evaluation.prompts import Prompts, read_prompts
 from mvsplit.flow.sampler import Sampler
 from mvsplit.training import settings
 from mvsplit.training.saved_run import SavedRun
@@ -22,49 +26,71 @@ from mvsplit.utils.resolvers import register_resolvers
 from mvsplit.utils.run_dirs import PROJECT_ROOT, find_checkpoint, new_name
 
 LOG_DIR = PROJECT_ROOT / "logs"
+Weights = Literal["ema", "raw"]
 
 
 class Run(SavedRun):
     """A trained network to sample from, and the data that it was trained on.
 
     Args:
-        path: see `load_run`.
+        path: see `load`.
         weights: `ema` for the averaged weights, `raw` for the trained ones.
+        precision: of the weights.
         log_dir: folder with this project's own runs.
     """
 
-    def __init__(self, path: Path, weights: Literal["ema", "raw"], log_dir: Path) -> None:
-        super().__init__(path, weights)
-        self.weights, self.log_dir = weights, log_dir
+    def __init__(self, path: Path, weights: Weights, precision: Precision, log_dir: Path) -> None:
+        super().__init__(path, weights, precision)
+        self.weights, self.precision, self.log_dir = weights, precision, log_dir
 
-    def draw(
+    def sample(
         self,
-        classes: Sequence[int],
+        classes: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
         count: int = 1,
         seed: int = 0,
         sampler: Sampler | None = None,
         batch_size: int = 64,
+        text_encoder: TextEncoder | None = None,
+        autoencoder: Autoencoder | None = None,
+        image_size: Sequence[int] | None = None,
     ) -> Tensor:
-        """Draw `count` images of each class, in rounds over all classes.
+        """Draw `count` images of each class or prompt, in rounds over all of them.
 
         Args:
-            classes: class numbers.
-            count: images per class.
+            classes: class numbers, for a network that was trained on classes.
+            prompts: for a network that was trained on captions.
+            count: images per class or prompt.
             seed: of the noise.
             sampler: Euler with 25 steps and guidance 2 if None.
-            batch_size: images drawn at once.
+            batch_size: images drawn at once. Prompts are padded to the longest of a batch, which changes the images.
+            text_encoder: of the prompts: the one that encoded the captions.
+            autoencoder: decodes latents; None leaves them as they are.
+            image_size: [height, width] of what the network draws, pixels or latent cells; None is as it was trained.
 
         Returns:
-            (count · len(classes), C, height, width) on the CPU: latents, or images from −1 (black) to 1 (white) or
-            slightly beyond.
+            (count · number of classes or prompts, C, height, width) on the CPU: latents, or images from −1 (black) to 1
+            (white) or slightly beyond.
 
         Raises:
-            UserError: if the network was not trained on one of the classes.
+            UserError: if the network was not trained on one of the classes, or text encoder, autoencoder or size do not
+                fit it.
         """
-        check_classes(self, classes)
+        check_conditions(self, classes, prompts)
         sampler = sampler or Sampler()
-        generator = Generator(self, sampler, seed, guide=self.guide_of(sampler))
-        return draw(generator, list(classes) * count, batch_size)
+        asked = None
+        if prompts is not None:
+            if text_encoder is None:
+                raise UserError("text_encoder = None: prompts need the text encoder of the captions")
+            asked = Prompts(read_prompts(list(prompts)), text_encoder)
+        decoder = None
+        if autoencoder is not None:
+            if self.latents is None:
+                raise UserError("autoencoder: the network was trained on images, not latents; use None")
+            decoder = LatentDecoder(self.latents, autoencoder)
+        generator = Generator(self, sampler, seed, self.precision, self.guide_of(sampler), decoder, asked, image_size)
+        chosen = range(len(asked.texts)) if asked is not None else classes or ()
+        return draw(generator, list(chosen) * count, batch_size)
 
     def guide_of(self, sampler: Sampler) -> "Run | None":
         """The run that the sampler names as a guide, if it names one.
@@ -73,7 +99,9 @@ class Run(SavedRun):
             UserError: if it cannot be loaded.
         """
         try:
-            return None if sampler.guide is None else load_run(sampler.guide, self.weights, self.log_dir)
+            if sampler.guide is None:
+                return None
+            return load(sampler.guide, self.weights, self.precision, self.log_dir)
         except UserError as error:
             raise UserError(str(error).replace("ckpt_path", "sampler.guide", 1)) from None
 
@@ -85,14 +113,18 @@ class Run(SavedRun):
             whole_set: latents must be decoded; otherwise they may be shown as colours.
 
         Raises:
-            UserError: if the guide or the autoencoder cannot be loaded, or does not fit.
+            UserError: if guide, autoencoder, text encoder or prompts cannot be loaded, or do not fit.
         """
         sampler, decoder = build(config["sampler"]), decoder_of(self, config["autoencoder"], str(self.log_dir))
         if whole_set and self.latents is not None and decoder is None:
             raise UserError(
                 "autoencoder = None: the network makes latents, which must be decoded; e.g. autoencoder=flux2"
             )
-        return Generator(self, sampler, config["seed"], config["precision"], self.guide_of(sampler), decoder)
+        prompts = None
+        if config.get("prompts") is not None:
+            prompts = Prompts(read_prompts(config["prompts"]), build(config["text_encoder"]))
+        guide, size = self.guide_of(sampler), config.get("image_size")
+        return Generator(self, sampler, config["seed"], config["precision"], guide, decoder, prompts, size)
 
     def data(self, config: dict[str, Any] | None = None) -> ShardDataModule:
         """The data of the run's config, or of another: `compose("data=digits")["data"]`.
@@ -104,22 +136,26 @@ class Run(SavedRun):
         return data
 
 
-def load_run(
-    path: str | Path = "last", weights: Literal["ema", "raw"] = "ema", log_dir: str | Path | None = None
+def load(
+    path: str | Path = "last",
+    weights: Weights = "ema",
+    precision: Precision = "float32",
+    log_dir: str | Path | None = None,
 ) -> Run:
-    """A trained network from the checkpoint of a run.
+    """A trained network.
 
     Args:
-        path: of a checkpoint, a run's folder (its last checkpoint) or a file written by `convert.py`; `last` for the
-            newest run.
+        path: of a checkpoint, a run's folder (its last checkpoint), a file or a hub folder written by `convert.py`;
+            `last` for the newest run.
         weights: `ema` for the averaged weights, `raw` for the trained ones.
+        precision: of the weights in memory: bfloat16 takes half as much.
         log_dir: folder with all runs; the project's `logs` if None.
 
     Raises:
         UserError: if there is no checkpoint, or it is damaged.
     """
     logs = Path(log_dir or LOG_DIR)
-    return Run(find_checkpoint(str(path), str(logs)), weights, logs)
+    return Run(find_checkpoint(str(path), str(logs)), weights, precision, logs)
 
 
 def compose(*overrides: str) -> dict[str, Any]:

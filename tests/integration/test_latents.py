@@ -26,7 +26,7 @@ from mvsplit.data.latent_space import LatentDecoder
 from mvsplit.data.shard_writer import write_shards
 from mvsplit.data.storage import Storage
 from mvsplit.flow.sampler import Sampler
-from mvsplit.python import load_run
+from mvsplit.python import load
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.images import to_uint8
 
@@ -72,7 +72,7 @@ class LatentRun:
 def test_latents_are_decoded_by_the_autoencoder_of_their_set(tmp_path: Path, model: str) -> None:
     latents = LatentRun(tmp_path, model, "normalisation=autoencoder")
     module = latents.train(*latents.chosen)["module"]
-    run = load_run(latents.run, log_dir=tmp_path / "logs")
+    run = load(latents.run, log_dir=tmp_path / "logs")
     assert run.latents is not None
     vae = Diffusers(str(tmp_path / "vae"), model)  # type: ignore[arg-type]
     assert run.latents.encoder == vae.identity()
@@ -80,7 +80,7 @@ def test_latents_are_decoded_by_the_autoencoder_of_their_set(tmp_path: Path, mod
 
     # The grid: at its real size, since 16 pixels are enlarged to 64, with a frame of 4.
     grid = decode_image(str(sorted((latents.run / "samples").glob("*.png"))[-1]))
-    expected = to_uint8(decoder(run.draw([0, 1, 2], seed=0, sampler=Sampler(steps=2))))
+    expected = to_uint8(decoder(run.sample([0, 1, 2], seed=0, sampler=Sampler(steps=2))))
     assert grid.shape == (3, 64 + 8, 3 * 68 + 4)
     for column in range(3):
         found = grid[:, 4:68, 4 + 68 * column : 68 + 68 * column][:, ::4, ::4]

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from random_weights import random_run
 
 import mvsplit
-from mvsplit import build, compose, load_run
+from mvsplit import build, compose, load
 from mvsplit.utils.config import to_plain
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.run_dirs import PROJECT_ROOT
@@ -38,19 +38,19 @@ def test_the_lines_of_the_readme(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_run_draws_as_the_command_does(run: Path, run_script: Callable[..., Any], tmp_path: Path) -> None:
-    loaded = load_run(run, log_dir=run.parents[2])
+    loaded = load(run, log_dir=run.parents[2])
     assert (loaded.step, loaded.path.parent) == (5, run / "checkpoints")
-    pictures = loaded.draw(classes=[3, 7], count=2, seed=4)
-    assert torch.equal(pictures, loaded.draw(classes=[3, 7], count=2, seed=4, batch_size=1))
-    assert not torch.equal(pictures, loaded.draw(classes=[3, 7], count=2, seed=5))
+    pictures = loaded.sample(classes=[3, 7], count=2, seed=4)
+    assert torch.equal(pictures, loaded.sample(classes=[3, 7], count=2, seed=4, batch_size=1))
+    assert not torch.equal(pictures, loaded.sample(classes=[3, 7], count=2, seed=5))
     with pytest.raises(UserError, match="classes = 10: must be in 0 … 9, the classes of the network"):
-        loaded.draw([10])
+        loaded.sample([10])
     done = run_script("sample.py", f"ckpt_path={run}", "count=1")  # also of a run's folder
     assert done.returncode == 0, done.stderr
 
 
 def test_data_without_a_trainer_are_those_of_training(run: Path, train_here: Callable[..., Any]) -> None:
-    data = load_run(run, log_dir=run.parents[2]).data()
+    data = load(run, log_dir=run.parents[2]).data()
     alone = list(islice(data.batches(), 300))  # more than an epoch
     assert [int(batch["position"][0]) for batch in alone] == list(range(0, 2400, 8))
     assert [len(batch["label"]) for batch in alone] == [8] * 300
@@ -66,7 +66,7 @@ def test_data_without_a_trainer_are_those_of_training(run: Path, train_here: Cal
 
 
 def test_data_of_a_run_from_elsewhere_are_given(run: Path, tmp_path: Path) -> None:
-    foreign = load_run(run, log_dir=tmp_path / "other")
+    foreign = load(run, log_dir=tmp_path / "other")
     with pytest.raises(UserError, match="is not a run of this log folder"):
         foreign.data()
     given = compose("data.batch_size=4", f"data.folder={run}")["data"]

@@ -126,7 +126,7 @@ class TrainedNetworks:
         else:
             found = [find_checkpoint(path, logs) for path in paths]
         try:
-            runs = [Run(path, config["weights"], Path(logs)) for path in found]
+            runs = [Run(path, config["weights"], config["precision"], Path(logs)) for path in found]
         except UserError as error:
             raise UserError(str(error).replace("ckpt_path", "runs", 1)) from None
         runs.sort(key=lambda run: (len(blocks_of(run.network)), run.step))

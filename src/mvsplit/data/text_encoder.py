@@ -31,6 +31,7 @@ class TextEncoder(nn.Module):
         max_tokens: longer captions are cut.
         dtype: of the weights.
         batch_size: captions that go through the model at once.
+        device: `auto`: where the samples are drawn or encoded; or `cpu`.
 
     Attributes:
         width: W.
@@ -47,6 +48,7 @@ class TextEncoder(nn.Module):
         max_tokens: PositiveInt = 256,
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
         batch_size: PositiveInt = 64,
+        device: Literal["auto", "cpu"] = "auto",
     ) -> None:
         super().__init__()
         try:
@@ -72,7 +74,7 @@ class TextEncoder(nn.Module):
         if self.tokenizer.pad_token is None:
             raise UserError(f"text_encoder.path = {path}: its tokenizer has neither a padding nor an end token")
         self.width = int(self.model.config.hidden_size)
-        self.padding, self.max_tokens, self.batch_size = padding, max_tokens, batch_size
+        self.padding, self.max_tokens, self.batch_size, self.place = padding, max_tokens, batch_size, device
         self.settings = {"path": path, "revision": revision, "max_tokens": max_tokens, "dtype": dtype}
 
     @torch.no_grad()

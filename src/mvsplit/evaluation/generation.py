@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from mvsplit import __version__
 from mvsplit.data.latent_space import LatentDecoder
+from mvsplit.evaluation.prompts import Prompts, check_encoder
 from mvsplit.evaluation.sample_set import SampleSet, choose_labels
 from mvsplit.evaluation.weight_files import weights_sha256
 from mvsplit.flow.graph_replay import GraphReplay
@@ -35,8 +36,17 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_classes(saved: SavedRun, classes: Sequence[int]) -> None:
-    """Raises `UserError` for a class that the network was not trained on."""
+def check_conditions(saved: SavedRun, classes: Sequence[int] | None, prompts: object) -> None:
+    """Raises `UserError` for classes that the network was not trained on, or prompts where it needs classes."""
+    captions = getattr(saved.network, "embedding_width", None) is not None
+    if captions and prompts is None:
+        raise UserError("prompts = null: the network was trained on captions; use prompts=[…] or prompts=file.txt")
+    if captions and classes is not None:
+        raise UserError(f"classes = {list(classes)}: the network was trained on captions, not classes; use prompts=[…]")
+    if not captions and prompts is not None:
+        raise UserError("prompts: the network was trained on classes, not captions; use classes=[…]")
+    if captions or classes is None:
+        return
     num_classes = saved.config["data"]["num_classes"]
     for label in classes:
         if not 0 <= label < num_classes:
@@ -55,9 +65,12 @@ class Generator(torch.nn.Module):
         precision: of the weights; the solver's steps are float32.
         guide: the run that `sampler.guide` names.
         decoder: of latents; None leaves samples as they are.
+        prompts: of a network that was trained on captions. They take the place of classes: label i is prompt i.
+        image_size: [height, width] of the network's output; None is the size that it was trained on.
 
     Raises:
-        UserError: if the guide makes other samples than the network.
+        UserError: if the guide makes other samples than the network, or the prompts' encoder is another one, or the
+            network cannot draw this size.
     """
 
     def __init__(
@@ -68,8 +81,12 @@ class Generator(torch.nn.Module):
         precision: Precision = "float32",
         guide: SavedRun | None = None,
         decoder: LatentDecoder | None = None,
+        prompts: Prompts | None = None,
+        image_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if prompts is not None:
+            check_encoder(saved, prompts.encoder)
         if guide is not None and (guide.config["data"] != saved.config["data"] or guide.latents != saved.latents):
             raise UserError(f"sampler.guide = {guide.path}: trained on other data than {saved.path}")
         dtype = getattr(torch, precision)
@@ -79,6 +96,24 @@ class Generator(torch.nn.Module):
         self._replayed = GraphReplay(self.network)
         self._guide_replayed = GraphReplay(self.guide) if self.guide is not None else None
         self.sampler, self.seed, self.time_shift, self.decoder = sampler, seed, saved.flow.time_shift, decoder
+        self.prompts = prompts
+        self.shape = (self.network.input_shape[0], *(image_size or self.network.input_shape[1:]))
+        self._check_shape()
+
+    def _check_shape(self) -> None:
+        """The network must be able to draw the size: one that says nothing about it draws the one it was trained on."""
+        if self.shape == tuple(self.network.input_shape):
+            return
+        if not hasattr(self.network, "grid"):
+            name, own = type(self.network).__name__, list(self.network.input_shape[1:])
+            raise UserError(f"image_size = {list(self.shape[1:])}: {name} draws only {own}")
+        self.network.grid(torch.empty(1, *self.shape, device="meta"))
+
+    def place(self, device: torch.device) -> None:
+        """Move what is not moved with the network: the decoder and the text encoder."""
+        for part in (self.decoder, self.prompts):
+            if part is not None:
+                part.to(device)
 
     def expect(self, count: int, batch_size: int) -> bool:
         """Prepare for this many samples in batches; whether the network's blocks are compiled for them."""
@@ -91,13 +126,15 @@ class Generator(torch.nn.Module):
     @cached_property
     def image_shape(self) -> tuple[int, ...]:
         """(channels, height, width) of its images."""
-        shape = tuple(self.network.input_shape)
-        return shape if self.decoder is None else self.decoder.image_shape(shape)
+        return self.shape if self.decoder is None else self.decoder.image_shape(self.shape)
 
     def draw(self, index: Tensor, labels: Tensor) -> Tensor:
-        """Samples number `index` (B,) of the classes `labels` (B,), both on the network's device; not decoded."""
-        noise = sample_noise(self.seed, index, self.network.input_shape)
-        return self.sampler.sample(self._replayed, labels, noise, self.time_shift, self._guide_replayed)
+        """Samples number `index` (B,) of the classes or prompts `labels` (B,), on the network's device; not decoded."""
+        noise = sample_noise(self.seed, index, self.shape)
+        condition, null = labels, None
+        if self.prompts is not None:
+            condition, null = self.prompts.conditions(labels)
+        return self.sampler.sample(self._replayed, condition, noise, self.time_shift, self._guide_replayed, null)
 
     def samples(self, index: Tensor, labels: Tensor) -> Tensor:
         """The same, decoded if there is a decoder."""
@@ -105,14 +142,13 @@ class Generator(torch.nn.Module):
         return drawn if self.decoder is None else self.decoder(drawn)
 
 
-def draw(generator: Generator, classes: Sequence[int], batch_size: int) -> Tensor:
-    """A sample of each class: (B, C, height, width) on the CPU. Few enough to keep all in memory."""
+def draw(generator: Generator, chosen: Sequence[int], batch_size: int) -> Tensor:
+    """A sample of each class or prompt: (B, C, height, width) on the CPU. Few enough to keep all in memory."""
     device = best_device()
     generator.to(device)
-    if generator.decoder is not None:
-        generator.decoder.to(device)
-    generator.expect(len(classes), batch_size)
-    labels, index = torch.tensor(classes, device=device), torch.arange(len(classes), device=device)
+    generator.place(device)
+    generator.expect(len(chosen), batch_size)
+    labels, index = torch.tensor(chosen, device=device), torch.arange(len(chosen), device=device)
     batches = list(zip(labels.split(batch_size), index.split(batch_size), strict=True))
     return torch.cat([generator.samples(i, label).cpu() for label, i in track(batches, "sampling")])
 
@@ -138,6 +174,8 @@ def settings_of(generator: Generator, chosen: dict[str, Any]) -> dict[str, Any]:
     versions = {"mvsplit": __version__, "torch": torch.__version__.partition("+")[0]}
     shape = {"image_shape": list(generator.image_shape)}
     about = {"network": network, "sampler": solver, "autoencoder": autoencoder, "versions": versions}
+    if generator.prompts is not None:
+        about["prompts"] = generator.prompts.identity()
     return {**chosen, **shape, **about}
 
 
@@ -163,8 +201,7 @@ class SetDrawing(L.LightningModule):
         return DataLoader(missing, batch_size=None)  # type: ignore[arg-type]
 
     def on_predict_start(self) -> None:
-        if self.generator.decoder is not None:
-            self.generator.decoder.to(self.device)
+        self.generator.place(self.device)
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         index = self.samples.numbers(int(batch))
@@ -190,15 +227,17 @@ def complete_set(generator: Generator, config: dict[str, Any], watch: Any) -> Sa
         UserError: for unknown classes, or if the folder contains something else.
     """
     devices = {key: config["trainer"][key] for key in ("accelerator", "devices", "num_nodes")}
-    classes = config["classes"] or list(range(generator.saved.config["data"]["num_classes"]))
-    check_classes(generator.saved, classes)
+    prompts = generator.prompts
+    check_conditions(generator.saved, config["classes"], prompts)
+    known = generator.saved.config["data"]["num_classes"] if prompts is None else len(prompts.texts)
+    classes = config["classes"] or list(range(known))
     chosen = {key: config[key] for key in ("num_samples", "batch_size", "seed", "labels", "weights", "precision")}
     chosen |= {"classes": config["classes"], "device": "GPU" if on_gpus(devices["accelerator"]) else "CPU"}
     # By the whole set: neither the number of processes nor what is already drawn may change the samples.
     chosen["compiled"] = generator.expect(config["num_samples"], config["batch_size"])
     settings = settings_of(generator, chosen)
     folder = config["output"] or Path(config["paths"]["log_dir"], "samples", SampleSet.name(settings))
-    samples = SampleSet(Path(folder), settings)
+    samples = SampleSet(Path(folder), settings, None if prompts is None else prompts.texts)
     watch.advice = "the same command continues"
     trainer = L.Trainer(
         **devices,

@@ -58,10 +58,11 @@ class SampleSet:
     Args:
         folder: of the set.
         settings: all that the samples depend on, as plain values; with `num_samples` and `batch_size`.
+        prompts: that the labels are numbers of; None if they are classes.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+    def __init__(self, folder: Path, settings: dict[str, Any], prompts: list[str] | None = None) -> None:
+        self.folder, self.settings, self.prompts = folder, json.loads(json.dumps(settings)), prompts
         self.num_samples, self.batch_size = int(settings["num_samples"]), int(settings["batch_size"])
         self.num_batches = -(-self.num_samples // self.batch_size)
 
@@ -181,11 +182,19 @@ class SampleSet:
         write_npz(path, self.num_samples, self.settings["image_shape"], images(), labels)
         return path
 
+    @property
+    def kind(self) -> str:
+        """What a label is, in the names of files."""
+        return "class" if self.prompts is None else "prompt"
+
+    def _prompt(self, label: int) -> str | None:
+        return None if self.prompts is None else self.prompts[label]
+
     def _export_png(self, folder: Path, advance: Any) -> Path:
         for batch in range(self.num_batches):
             images, labels = self.read(batch)
             for number, label, image in zip(self.numbers(batch).tolist(), labels.tolist(), images, strict=True):
-                save_png(image, folder / f"{number:06d}_class_{label}.png")
+                save_png(image, folder / f"{number:06d}_{self.kind}_{label}.png", self._prompt(label))
             advance(len(images))
         return folder
 
@@ -194,7 +203,10 @@ class SampleSet:
             for batch in range(self.num_batches):
                 images, labels = self.read(batch)
                 for number, label, image in zip(self.numbers(batch).tolist(), labels.tolist(), images, strict=True):
-                    yield f"{number:08d}", {"png": encode_png(image).numpy().tobytes(), "cls": str(label).encode()}
+                    members = {"png": encode_png(image).numpy().tobytes(), "cls": str(label).encode()}
+                    if (prompt := self._prompt(label)) is not None:
+                        members["txt"] = prompt.encode()
+                    yield f"{number:08d}", members
                 advance(len(images))
 
         every = samples()

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 SMALLEST_SIDE = 64
@@ -39,8 +40,12 @@ def picture_grid(pictures: Tensor, columns: int) -> Tensor:
     return make_grid(enlarge(to_uint8(pictures)), nrow=columns, padding=4, pad_value=64)
 
 
-def save_png(picture: Tensor, path: Path) -> Path:
-    """Write a uint8 image (C, height, width)."""
+def save_png(picture: Tensor, path: Path, prompt: str | None = None) -> Path:
+    """Write a uint8 image (C, height, width), with the prompt that it was drawn from in its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(picture, str(path))
+    about = PngInfo()
+    if prompt is not None:
+        about.add_itxt("prompt", prompt)
+    array = picture[0].numpy() if len(picture) == 1 else picture.permute(1, 2, 0).contiguous().numpy()
+    Image.fromarray(array).save(path, pnginfo=about)
     return path
