@@ -53,8 +53,10 @@ class TextEncoder(nn.Module):
         super().__init__()
         try:
             from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Model
+            from transformers.utils import logging
         except ImportError:
             raise UserError("text_encoder: needs another package: pip install -e '.[text]'") from None
+        logging.disable_progress_bar()  # for each of a few files it loads
         where: dict[str, Any] = {"revision": revision} if revision else {}
         try:
             kind = AutoConfig.from_pretrained(path, trust_remote_code=False, **where).model_type

@@ -39,10 +39,10 @@ def best_device() -> torch.device:
 def check_conditions(saved: SavedRun, classes: Sequence[int] | None, prompts: object) -> None:
     """Raises `UserError` for classes that the network was not trained on, or prompts where it needs classes."""
     captions = getattr(saved.network, "embedding_width", None) is not None
-    if captions and prompts is None:
-        raise UserError("prompts = null: the network was trained on captions; use prompts=[…] or prompts=file.txt")
     if captions and classes is not None:
         raise UserError(f"classes = {list(classes)}: the network was trained on captions, not classes; use prompts=[…]")
+    if captions and prompts is None:
+        raise UserError("prompts = null: the network was trained on captions; use prompts=[…] or prompts=file.txt")
     if not captions and prompts is not None:
         raise UserError("prompts: the network was trained on classes, not captions; use classes=[…]")
     if captions or classes is None:

@@ -1,0 +1,205 @@
+"""Pictures from prompts: a network conditioned on captions, and a small Qwen3 that encodes them."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+from random_weights import random_run
+from small_qwen3 import save_qwen3
+from torch import Tensor
+
+import mvsplit
+from mvsplit.data.text_encoder import TextEncoder
+from mvsplit.evaluation.prompts import read_prompts
+from mvsplit.flow.sampler import Sampler, sample_noise
+from mvsplit.utils.config import to_plain
+from mvsplit.utils.errors import UserError
+from mvsplit.utils.run_dirs import PROJECT_ROOT
+
+PROMPTS = ["a corgi in the snow", "seven", "an orange cat"]
+STEPS, SCALE = 3, 2.0
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_qwen3(tmp_path_factory.mktemp("text") / "qwen3")
+
+
+def captioned(config: dict[str, Any], width: int = 32) -> dict[str, Any]:
+    """The config of a network that reads captions' embeddings."""
+    target = "mvsplit.models.conditioning.SampleEmbeddings"
+    context = {"_target_": target, "_partial_": True, "num_tokens": 16, "embedding_width": width}
+    return config | {"model": config["model"] | {"context": context}}
+
+
+@pytest.fixture
+def run(config: Callable[..., DictConfig], tmp_path: Path) -> Path:
+    return random_run(captioned(to_plain(config())), tmp_path)
+
+
+@pytest.fixture
+def loaded(run: Path) -> Any:
+    return mvsplit.load(run, log_dir=run.parents[2])
+
+
+def encoder(path: Path, **options: Any) -> TextEncoder:
+    return TextEncoder(str(path), dtype="float32", **options)
+
+
+def guided_euler(network: Any, states: Tensor, null: Tensor, noise: Tensor, shift: float) -> Tensor:
+    """Guidance and Euler steps, written down again: both branches one after the other."""
+    x = noise
+    for i in range(STEPS, 0, -1):
+        t, t_next = (shift * u / (1 + (shift - 1) * u) for u in (i / STEPS, (i - 1) / STEPS))
+        times = torch.full((len(x),), t)
+        with torch.no_grad():
+            conditional, unconditional = network(x, times, states), network(x, times, null)
+        x = x + (t - t_next) * (unconditional + SCALE * (conditional - unconditional))
+    return x
+
+
+def test_prompts_are_encoded_as_the_reference_does(loaded: Any, qwen3: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(qwen3), AutoModel.from_pretrained(qwen3).eval()
+    inputs = tokenizer([*PROMPTS, *[""] * len(PROMPTS)], padding="longest", return_tensors="pt")
+    with torch.no_grad():
+        states = model(**inputs).last_hidden_state
+    conditional, unconditional = states.chunk(2)
+    assert conditional.shape[1] < 16  # no longer than the longest prompt
+    noise = sample_noise(5, torch.arange(3), loaded.network.input_shape)
+    expected = guided_euler(loaded.network, conditional, unconditional, noise, loaded.flow.time_shift)
+    found = loaded.sample(prompts=PROMPTS, seed=5, sampler=Sampler(steps=STEPS), text_encoder=encoder(qwen3))
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_a_longer_neighbour_changes_the_picture_as_its_padding_does(loaded: Any, qwen3: Path) -> None:
+    text, chosen = encoder(qwen3), Sampler(steps=STEPS)
+    long = "a red panda climbing a bamboo stalk, drawn with a pencil"
+    alone = loaded.sample(prompts=["seven"], sampler=chosen, text_encoder=text)
+    beside = loaded.sample(prompts=["seven", long], sampler=chosen, text_encoder=text)[:1]
+    apart = loaded.sample(prompts=["seven", long], sampler=chosen, text_encoder=text, batch_size=1)[:1]
+    assert torch.equal(alone, apart)
+    assert (alone - beside).abs().max() > 1e-3
+
+    states, counts = text.encode(["seven", long, ""])
+    assert states.shape[1] == counts[1] > counts[0]
+    noise = sample_noise(0, torch.arange(1), loaded.network.input_shape)
+    padded = guided_euler(loaded.network, states[:1], states[2:], noise, loaded.flow.time_shift)
+    assert (beside - padded).abs().max() < 1e-5
+
+
+def test_fixed_padding_does_not_depend_on_neighbours(loaded: Any, qwen3: Path) -> None:
+    text, chosen = encoder(qwen3, padding="fixed", max_tokens=16), Sampler(steps=STEPS)
+    alone = loaded.sample(prompts=["seven"], sampler=chosen, text_encoder=text)
+    beside = loaded.sample(prompts=["seven", "an orange cat in the snow"], sampler=chosen, text_encoder=text)[:1]
+    assert (alone - beside).abs().max() < 1e-5
+
+
+def test_a_caption_padded_and_cut_is_the_caption_padded_less(qwen3: Path) -> None:
+    short, counts = encoder(qwen3).encode([*PROMPTS, ""])
+    long, same = encoder(qwen3, padding="fixed", max_tokens=40, batch_size=1).encode([*PROMPTS, ""])
+    assert (short.shape[1], long.shape[1], counts.tolist()) == (max(counts), 40, same.tolist())
+    assert (long[:, : short.shape[1]] - short).abs().max() < 1e-5
+    assert int(counts[-1]) == 0
+    cut, _ = encoder(qwen3, max_tokens=3).encode(PROMPTS)
+    assert (cut - short[:3, :3]).abs().max() < 1e-5
+
+
+def test_prompts_are_read_from_a_list_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a corgi\n\n# not this one\n  ein Käfer  \n")
+    assert read_prompts(str(file)) == ["a corgi", "ein Käfer"]
+    assert read_prompts(["", "a corgi"]) == ["", "a corgi"]
+    (tmp_path / "latin").write_bytes(b"K\xe4fer\n")
+    (tmp_path / "empty").write_text("# nothing\n")
+    for given, reason in (
+        ("a corgi", "prompts = a corgi: no such file; a prompt itself is given in a list"),
+        (str(tmp_path / "latin"), "not a text file in UTF-8"),
+        (str(tmp_path / "empty"), "prompts: 0; must be between 1 and 100000"),
+        ([], "prompts: 0; must be between"),
+        (["x" * 10_001], "must have at most 10000 characters"),
+    ):
+        with pytest.raises(UserError, match=re.escape(reason)):
+            read_prompts(given)
+
+
+def test_what_does_not_fit_the_network_is_one_line(
+    loaded: Any, qwen3: Path, config: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    text = encoder(qwen3)
+    (tmp_path / "classes").mkdir()
+    classes = mvsplit.load(random_run(to_plain(config()), tmp_path / "classes"), log_dir=tmp_path)
+    other = encoder(save_qwen3(tmp_path / "wide", width=48))
+    for call, reason in (
+        (lambda: loaded.sample(), "prompts = null: the network was trained on captions"),
+        (lambda: loaded.sample(classes=[3]), "classes = [3]: the network was trained on captions, not classes"),
+        (lambda: loaded.sample(prompts=PROMPTS), "text_encoder = None: prompts need the text encoder"),
+        (lambda: loaded.sample(prompts=PROMPTS, text_encoder=other), "states have width 48, but the network needs 32"),
+        (lambda: loaded.sample(prompts=PROMPTS, text_encoder=text, image_size=[7, 8]), "images of shape (1, 7, 8)"),
+        (lambda: classes.sample(prompts=PROMPTS, text_encoder=text), "trained on classes, not captions"),
+    ):
+        with pytest.raises(UserError, match=re.escape(reason)):
+            call()  # type: ignore[no-untyped-call]
+
+
+def test_another_encoder_than_that_of_the_captions_is_refused(loaded: Any, qwen3: Path, tmp_path: Path) -> None:
+    mine, chosen = encoder(qwen3), Sampler(steps=1)
+    loaded.text = {"encoder": {**mine.identity(), "path": "elsewhere"}, "padding": "longest"}
+    assert loaded.sample(prompts=["seven"], text_encoder=mine, sampler=chosen).shape == (1, 1, 8, 8)
+    other = encoder(save_qwen3(tmp_path / "other", seed=1))
+    with pytest.raises(UserError, match=r"not as it encoded the captions: weights = \w+, but theirs is \w+, from else"):
+        loaded.sample(prompts=["seven"], text_encoder=other, sampler=chosen)
+    with pytest.raises(UserError, match="padding = fixed, but theirs is longest"):
+        loaded.sample(prompts=["seven"], text_encoder=encoder(qwen3, padding="fixed"), sampler=chosen)
+
+
+def test_larger_pictures_than_it_was_trained_on(loaded: Any, qwen3: Path) -> None:
+    wide = loaded.sample(prompts=["seven"], text_encoder=encoder(qwen3), sampler=Sampler(steps=1), image_size=[8, 12])
+    assert wide.shape == (1, 1, 8, 12)
+
+
+def test_the_command_writes_each_prompt_into_its_picture(
+    run: Path, qwen3: Path, run_script: Callable[..., Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a corgi in the snow\nein Käfer\n")
+    common = [f"ckpt_path={run}", f"prompts={file}", f"text_encoder.path={qwen3}", "text_encoder.dtype=float32"]
+    output = tmp_path / "out"
+    done = run_script("sample.py", *common, "sampler.steps=2", f"paths.output_dir={output}")
+    assert done.returncode == 0, done.stderr
+    pictures = sorted(output.glob("*_prompt_*.png"))
+    assert [path.name for path in pictures] == ["00000_prompt_0.png", "00001_prompt_1.png"]
+    assert [Image.open(path).text["prompt"] for path in pictures] == ["a corgi in the snow", "ein Käfer"]  # type: ignore[attr-defined]
+
+    made = tmp_path / "set"
+    done = run_script("sample.py", *common, "sampler.steps=2", "num_samples=5", "batch_size=2", f"output={made}")
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((made / "settings.json").read_text())["prompts"]
+    assert (settings["count"], settings["encoder"]["padding"]) == (2, "longest")
+    last = made / "png" / "000004_prompt_0.png"
+    assert Image.open(last).text["prompt"] == "a corgi in the snow"  # type: ignore[attr-defined]
+
+    refused = run_script("sample.py", f"ckpt_path={run}", "classes=[3]")
+    assert refused.returncode == 2
+    assert "classes = [3]: the network was trained on captions, not classes; use prompts=[…]" in refused.stderr
+
+
+def test_the_lines_for_a_notebook(
+    run: Path, qwen3: Path, monkeypatch: pytest.MonkeyPatch, config: Callable[..., DictConfig]
+) -> None:
+    page = (PROJECT_ROOT / ".github" / "docs" / "sampling.md").read_text()
+    lines = re.search(r"```py\n(import mvsplit\n.*?)```", page, re.DOTALL)
+    assert lines is not None
+    text = lines[1].replace("mvsplit_1000l.safetensors", str(run)).replace("Qwen/Qwen3-0.6B", str(qwen3))
+    text = re.sub(r"    autoencoder=.*\n", "", text)  # this network draws images, not latents
+    names: dict[str, Any] = {}
+    exec(text, names)
+    assert names["pictures"].shape == (2, 1, 8, 8)
+    assert next(names["network"].network.parameters()).dtype == torch.bfloat16
