@@ -26,7 +26,7 @@ GROUPS = [g.name for g in sorted(CONFIGS.iterdir()) if g.is_dir() and g.name not
 OPTIONS = [
     (group, file.stem) for group in GROUPS if group != "study" for file in sorted((CONFIGS / group).glob("*.yaml"))
 ]
-EVALUATED = ("features", "protocol")
+EVALUATED = ("features", "protocol", "text_encoder")
 """Groups of `eval.yaml`."""
 ENCODED = {"autoencoder", "data"}
 """Groups of encode.yaml."""
@@ -49,7 +49,7 @@ def there(option: str, folder: Path) -> list[str]:
 
 def test_all_groups_of_the_design_are_there() -> None:
     expected = {"data", "model", "residual", "flow", "sampler", "optim", "trainer", "callbacks", "logger", "experiment",
-                "module", "debug", "hparams_search", "extras", "autoencoder", "features", "protocol",
+                "module", "debug", "hparams_search", "extras", "autoencoder", "features", "protocol", "text_encoder",
                 "study"}  # fmt: skip
     assert set(GROUPS) == expected
     named = {group: {option for g, option in OPTIONS if g == group} for group in GROUPS}

@@ -194,7 +194,7 @@ def test_the_command_writes_each_prompt_into_its_picture(
 def test_the_lines_for_a_notebook(
     run: Path, qwen3: Path, monkeypatch: pytest.MonkeyPatch, config: Callable[..., DictConfig]
 ) -> None:
-    page = (PROJECT_ROOT / ".github" / "docs" / "sampling.md").read_text()
+    page = (PROJECT_ROOT / ".github" / "docs" / "prompts.md").read_text()
     lines = re.search(r"```py\n(import mvsplit\n.*?)```", page, re.DOTALL)
     assert lines is not None
     text = lines[1].replace("mvsplit_1000l.safetensors", str(run)).replace("Qwen/Qwen3-0.6B", str(qwen3))
