@@ -59,7 +59,7 @@ def text_overrides(folder: Path, source: Path, qwen3: Path) -> list[str]:
 
 
 def captioned_set(root: Path, *overrides: str, classes: bool = True) -> Path:
-    """A whole set below a folder: `root/qwen3`, `root/source`, and the set with the captions' states, `root/captioned`."""
+    """A whole set below a folder: `qwen3`, `source`, and the set with the captions' states, `captioned`."""
     qwen3 = save_qwen3(root / "qwen3", WIDTH)
     source = captioned_digits(root / "source", classes=classes)
     return encode_captions(root / "captioned", source, qwen3, *overrides)
