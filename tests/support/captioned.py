@@ -62,7 +62,7 @@ def captioned_set(root: Path, *overrides: str, classes: bool = True) -> Path:
     """A whole set below a folder: `qwen3`, `source`, and the set with the captions' states, `captioned`."""
     qwen3 = save_qwen3(root / "qwen3", WIDTH)
     source = captioned_digits(root / "source", classes=classes)
-    return encode_captions(root / "captioned", source, qwen3, *overrides)
+    return encode_captions(root / "captioned", source, qwen3, *overrides, *([] if classes else ["data.num_classes=0"]))
 
 
 def train_on_captions(set_folder: Path, classes: bool = True) -> list[str]:
