@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from captioned import captioned_set, train_on_captions
 from conftest import SUPPORT, compose_config
 from sharded_worker import AT
 from torch import Tensor
 
-from mvsplit.flow.objective import velocity_loss
+from mvsplit.flow.objective import drop_condition, velocity_loss
 from mvsplit.stability.tables import read_table
+from mvsplit.training.module import condition_of
 from mvsplit.utils.config import build, to_plain
 
 WORKER = SUPPORT / "sharded_worker.py"
@@ -79,7 +81,7 @@ def average(module: Any, records: list[dict[str, Any]], step: int, accumulate: i
             batch = record["batches"][micro]
             module.zero_grad()
             x1, t, mask = module.flow.draw(module.seed, batch["position"], batch["image"])
-            condition = module.network.drop(batch["label"], mask)
+            condition = drop_condition(module.network, condition_of(batch), mask, batch.get("null_condition"))
             (velocity_loss(module.network, batch["image"], x1, t, condition).mean() / accumulate).backward()
             of_ranks.append({name: p.grad.clone() for name, p in module.network.named_parameters()})
         for name in of_ranks[0]:
@@ -128,6 +130,26 @@ def test_two_ranks_train_what_one_process_trains(worker: Worker, strategy: str, 
         same(records[0]["gradient"], expected)  # to the bit
     else:
         close(records[0]["gradient"], expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy",
+    ["deepspeed", pytest.param("ddp", marks=pytest.mark.long), pytest.param("fsdp", marks=pytest.mark.long)],
+)
+def test_captions_of_varying_lengths_train_alike(worker: Worker, tmp_path: Path, strategy: str) -> None:
+    captions = train_on_captions(captioned_set(tmp_path / "captions", classes=False), classes=False)
+    options = [*SMALL, *captions, "trainer.accumulate_grad_batches=2"]
+    records = worker("train", *options, f"trainer={strategy}")
+    lengths = [[batch["condition"].shape[1] for batch in record["batches"]] for record in records]
+    assert len({length for of_rank in lengths for length in of_rank}) > 3
+    assert lengths[0] != lengths[1]  # in one step the ranks' contexts differ
+    same(records[0]["final"], records[1]["final"])
+    alone = built(*options)
+    train_alone(alone, records, 2)
+    close(records[0]["final"], weights(alone), 1e-5)
+    alone.network.load_state_dict(records[0]["weights"])
+    close(records[0]["gradient"], average(alone, records, AT, 2), 1e-5)
 
 
 @pytest.mark.slow

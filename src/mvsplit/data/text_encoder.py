@@ -7,6 +7,7 @@ padded to 256 tokens begin with those of the same caption padded to 40: stored s
 """
 
 import hashlib
+import json
 from typing import Any, Literal
 
 import torch
@@ -111,7 +112,9 @@ class TextEncoder(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """Everything that a caption's states depend on, as plain values, for a manifest."""
-        digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        tokenizer |= {"truncation": None, "padding": None}  # those of the last call
+        digest = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return {"name": "Qwen3", **self.settings, "width": self.width, "weights": digest.hexdigest()[:16]}
