@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mvsplit.training.state_file import read_state
+from mvsplit.training.tensor_files import SafetensorsFile
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.limits import parse_json, read_small
 
@@ -191,7 +192,7 @@ class Tensors:
     def __init__(self, files: Iterable[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._places: dict[str, list[tuple[int, int, Any]]] = {}  # name → (start, stop, file) of each slice
+        self._places: dict[str, list[tuple[int, int, Any]]] = {}  # name → (start, stop, (file, offset)) of each slice
         for path in files:
             self._open(path)
         for name, parts in self._places.items():
@@ -202,16 +203,16 @@ class Tensors:
 
     def _open(self, path: Path) -> None:
         try:
-            file = safe_open(str(path), "pt")
-            slices = json.loads(file.metadata()["slices"])
-            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+            file = SafetensorsFile(path)
+            slices = json.loads(file.metadata["slices"])
+            for name, part in file.tensors.items():
                 start, *shape = (int(number) for number in slices[name])
-                part = file.get_slice(name)
-                (length,) = part.get_shape()
+                (length,) = part.shape
                 if self.shapes.setdefault(name, tuple(shape)) != tuple(shape):
                     raise ValueError(f"'{name}' has two shapes")
-                self.dtypes[name] = part[:0].dtype
-                self._places.setdefault(name, []).append((start, start + length, file))
+                if self.dtypes.setdefault(name, part.dtype) != part.dtype:
+                    raise ValueError(f"'{name}' has two types")
+                self._places.setdefault(name, []).append((start, start + length, (file, part.offset)))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged, or not a file of slices ({error})") from None
 
@@ -227,10 +228,10 @@ class Tensors:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Entries [start, stop) of the flattened tensor: (stop − start,)."""
         out = torch.empty(stop - start, dtype=self.dtypes[name])
-        for first, last, file in self._places[name]:
+        for first, last, (file, offset) in self._places[name]:
             low, high = max(first, start), min(last, stop)
             if low < high:
-                out[low - start : high - start] = file.get_slice(name)[low - first : high - first]
+                file.fill(out[low - start : high - start], offset + (low - first) * out.itemsize)
         return out
 
     def whole(self, name: str) -> Tensor:
