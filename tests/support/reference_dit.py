@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, I image tokens, S caption tokens, D width, E head dim
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class ReferenceDiT(nn.Module):
 def euler(network: ReferenceDiT, x: Tensor, captions: Tensor, null: Tensor, scale: float, steps: int) -> Tensor:
     """From noise at t = 1 to data at t = 0, on the grid shifted by s = 4, with guidance."""
     times = [4 * t / (1 + 3 * t) for t in (n / steps for n in range(steps, -1, -1))]
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         unconditional = network(x, null.expand_as(captions))
         x = x + (t - t_next) * (unconditional + scale * (network(x, captions) - unconditional))
     return x

@@ -225,18 +225,19 @@ class Tensors:
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries [start, stop) of the flattened tensor: (stop − start,)."""
-        out = torch.empty(stop - start, dtype=self.dtypes[name])
+    def read(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Entries [start, stop) of the flattened tensor: (stop − start,), converted to a type if one is given."""
+        stored = self.dtypes[name]
+        out = torch.empty(stop - start, dtype=dtype or stored)
         for first, last, (file, offset) in self._places[name]:
             low, high = max(first, start), min(last, stop)
             if low < high:
-                file.fill(out[low - start : high - start], offset + (low - first) * out.itemsize)
+                file.fill(out[low - start : high - start], offset + (low - first) * stored.itemsize, stored)
         return out
 
-    def whole(self, name: str) -> Tensor:
+    def whole(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         shape = torch.Size(self.shapes[name])
-        return self.read(name, 0, shape.numel()).reshape(shape)
+        return self.read(name, 0, shape.numel(), dtype).reshape(shape)
 
 
 class LocalTensors(Tensors):
@@ -247,9 +248,10 @@ class LocalTensors(Tensors):
         self.shapes = {name: part.shape for name, part in self._local.items()}
         self.dtypes = {name: part.values.dtype for name, part in self._local.items()}
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
+    def read(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         part = self._local[name]
-        return part.values[start - part.start : stop - part.start]
+        values = part.values[start - part.start : stop - part.start]
+        return values if dtype is None else values.to(dtype)
 
 
 def newest(folder: Path, verify: bool) -> Path | None:

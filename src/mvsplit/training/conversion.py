@@ -134,9 +134,7 @@ def _tensors(sources: Sources, dtype: torch.dtype | None) -> tuple[Sizes, Iterat
     for prefix, source in sources.items():
         for name, (stored, shape) in source.sizes.items():
             sizes[prefix + name] = (dtype if dtype is not None and stored.is_floating_point else stored, shape)
-    values = (
-        source.read(name).to(sizes[prefix + name][0]) for prefix, source in sources.items() for name in source.sizes
-    )
+    values = (source.read(name, sizes[prefix + name][0]) for prefix, source in sources.items() for name in source.sizes)
     return sizes, _tracked(values, len(sizes))
 
 

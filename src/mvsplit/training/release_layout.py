@@ -207,7 +207,7 @@ def open_release(path: Path, num_heads: int | None, base: Mapping[str, Any], ima
         text={"encoder": encoder, "padding": "longest"},
         sizes=found,
         verify=verify,
-        read=lambda name: parts[name].join([file.read(file.tensors[key]) for key in parts[name].keys]),
+        read=lambda name, dtype: parts[name].join([file.read(file.tensors[key], dtype) for key in parts[name].keys]),
     )
 
 
@@ -275,7 +275,7 @@ def exported(source: Source, dtype: torch.dtype | None) -> tuple[dict[str, Kind]
 
     def values() -> Iterator[Tensor]:
         for part in parts:
-            yield from part.split(source.read(part.name).to(type_of(part.name)))
+            yield from part.split(source.read(part.name, type_of(part.name)))
             if part.name == "patch_proj.bias":
                 yield from (torch.ones(shape, dtype=kind) for kind, shape in norms.values())
 

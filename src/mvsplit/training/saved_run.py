@@ -99,7 +99,7 @@ class SavedRun:
         first, expected = saved_names(network), network.state_dict()
         wanted = {name: value.dtype for name, value in expected.items()}
         wanted |= {name: getattr(torch, precision) for name, dtype in wanted.items() if dtype.is_floating_point}
-        state = {name: source.read(name).to(wanted[name]) for name in first.values()}
+        state = {name: source.read(name, wanted[name]) for name in first.values()}
         network.load_state_dict({name: state[first[name]] for name in first}, assign=True)  # no copies
         for name, value in (*network.named_parameters(), *network.named_buffers()):
             if value.is_meta:

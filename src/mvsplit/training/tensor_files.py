@@ -23,8 +23,8 @@ DTYPES = {
 """Types by their names in a safetensors file."""
 MAX_HEADER = 16 << 20
 """Bytes of a safetensors header; 1000 blocks need 2 MiB."""
-CHUNK = 8 << 20
-"""Bytes read at a time."""
+BUFFER = 1 << 22
+"""Bytes that are converted at a time."""
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,55 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = path.open("rb", buffering=0)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def fill(self, out: Tensor, offset: int) -> None:
+    def fill(self, out: Tensor, offset: int, dtype: torch.dtype | None = None) -> None:
         """Read values into a contiguous tensor (n,), from this byte of the file on.
 
+        Nothing is allocated but one buffer for conversions, which stays: what is freed between tensors that stay would
+        leave holes in the process's memory, up to 40 % of it.
+
+        Args:
+            out: where to; its type may be another than that of the file.
+            offset: in bytes.
+            dtype: of the values in the file; None for that of `out`.
+
         Raises:
             UserError: if the file ends before.
         """
+        if dtype in (None, out.dtype):
+            self._fill(out, offset)
+            return
+        assert dtype is not None
+        if not len(self._buffer):
+            self._buffer = torch.empty(BUFFER, dtype=torch.uint8)
+        step = BUFFER // dtype.itemsize
+        for first in range(0, len(out), step):
+            part = out[first : first + step]
+            values = self._buffer[: len(part) * dtype.itemsize].view(dtype)
+            self._fill(values, offset + first * dtype.itemsize)
+            part.copy_(values)
+
+    def _fill(self, out: Tensor, offset: int) -> None:
         view = out.view(torch.uint8).numpy().data if len(out) else memoryview(b"")
         while len(view):
-            part = os.pread(self.file.fileno(), min(len(view), CHUNK), offset)
-            if not part:
+            count = os.preadv(self.file.fileno(), [view], offset)
+            if not count:
                 raise UserError(f"{self.path}: damaged, it ends at byte {offset}")
-            view[: len(part)] = part
-            view, offset = view[len(part) :], offset + len(part)
+            view, offset = view[count:], offset + count
 
-    def read(self, stored: Stored) -> Tensor:
+    def read(self, stored: Stored, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of this file, in memory of its own.
+
+        Args:
+            stored: where it is.
+            dtype: to convert to; None for its own.
 
         Raises:
             UserError: if the file ends before.
         """
-        flat = torch.empty(stored.extent, dtype=stored.dtype)
-        self.fill(flat, stored.offset)
+        flat = torch.empty(stored.extent, dtype=dtype or stored.dtype)
+        self.fill(flat, stored.offset, stored.dtype)
         if stored.stride is None or 0 in stored.shape:
             return flat.reshape(stored.shape)
         return flat.as_strided(stored.shape, stored.stride).contiguous()

@@ -33,7 +33,7 @@ class Source:
         text: how its captions were encoded, unchecked; None for a network of classes.
         sizes: type and shape of each tensor, by the network's names.
         verify: compares checksums, if there are any.
-        read: name → the tensor as it is stored, in memory of its own.
+        read: (name, type) → the tensor, in memory of its own; None for the type that is stored.
         data: what the data module recorded, unchecked; None if it is not known.
     """
 
@@ -43,7 +43,7 @@ class Source:
     text: Any
     sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     verify: Callable[[], object]
-    read: Callable[[str], Tensor]
+    read: Callable[[str, torch.dtype | None], Tensor]
     data: Any = None
 
     @property
@@ -84,7 +84,7 @@ def _open_checkpoint(path: Path, weights: str) -> Source:
         text_of(saved),
         {name: (found.dtypes[NETWORK + name], found.shapes[NETWORK + name]) for name, (_, found) in chosen.items()},
         verify=lambda: saved.verify(*{kind for kind, _ in chosen.values()}),
-        read=lambda name: chosen[name][1].whole(NETWORK + name),
+        read=lambda name, dtype: chosen[name][1].whole(NETWORK + name, dtype),
         data=saved.manifest.get("data"),
     )
 
@@ -125,9 +125,9 @@ def _chosen(
         other = "raw" if weights == "ema" else "ema"
         raise UserError(f"weights = {weights}: {path} does not contain them; use {other}")
 
-    def read(name: str) -> Tensor:
+    def read(name: str, dtype: torch.dtype | None) -> Tensor:
         file, stored = chosen[name]
-        return file.read(stored)
+        return file.read(stored, dtype)
 
     sizes = {name: (stored.dtype, stored.shape) for name, (_, stored) in chosen.items()}
     return Source(step, config, *records, sizes, verify=lambda: None, read=read)
