@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from mvsplit.training.checkpoint_format import COMPLETE, MANIFEST, STATE, Saved, Slice, Tensors, newest, remove
 from mvsplit.training.checkpoint_writer import CheckpointWriter
 from mvsplit.training.checkpoint_writer import write_safetensors as write_file
-from mvsplit.training.checkpoints import convert
+from mvsplit.training.conversion import convert
 from mvsplit.utils.errors import AgreedError, UserError
 
 TENSORS = {

@@ -175,7 +175,7 @@ def test_the_example_of_writing_shards_works(tmp_path: Path, monkeypatch: pytest
 
 
 def test_every_python_block_is_run() -> None:
-    """Here, as an example with a config or of writing shards; or in test_python and test_prompts, as lines of Python."""
+    """Here, as an example with a config or of writing shards; or in test_python or test_prompts."""
     assert len(blocks("py", "README.md")) == len(blocks("py", ".github/docs/prompts.md")) == 1
     assert len(blocks("py")) == 2
     assert all(code.startswith("# src/mvsplit/") or "write_shards" in code for code in blocks("python"))

@@ -167,3 +167,37 @@ def test_a_picture_of_latents_shows_all_channels() -> None:
         assert not torch.equal(to_uint8(changed), shown), f"channel {channel} is not seen"
     assert torch.equal(to_uint8(latents), shown)
     assert F.mse_loss(to_uint8(latents[:, :3]).float(), ((latents[:, :3].clamp(-1, 1) + 1) * 127.5)) < 0.1
+
+
+OWN = {"encoder": {"name": "Diffusers", "model": "AutoencoderKLFlux2"}, "mean": None, "std": None, "own": True}
+"""What a converted release records."""
+
+
+def test_a_releases_latents_are_decoded_by_the_autoencoders_own_statistics(tmp_path: Path) -> None:
+    """As by recorded ones; of the autoencoder's identity, only what is recorded is compared."""
+    saved_autoencoder(tmp_path, "AutoencoderKLFlux2")
+    mine = Diffusers(str(tmp_path), "AutoencoderKLFlux2")
+    recorded = space_of(mine)
+    own = LatentSpace.parse(json.loads(json.dumps(OWN)), 16)
+    assert own.own
+    assert own.plain() == OWN
+    assert "own" not in recorded.plain()  # as in earlier checkpoints
+    seen = recorded.normalise(mine.encode(IMAGES)[0])
+    torch.testing.assert_close(LatentDecoder(own, mine)(seen), LatentDecoder(recorded, mine)(seen), atol=0, rtol=0)
+    assert own.completed(mine).mean == recorded.mean
+    assert own.completed(mine).std == recorded.std
+    saved_autoencoder(tmp_path / "other", "AutoencoderKL")
+    with pytest.raises(UserError, match=r"model = AutoencoderKL, but theirs is AutoencoderKLFlux2"):
+        LatentDecoder(own, Diffusers(str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("change", [{"mean": [0.0]}, {"std": [1.0]}, {"encoder": None}, {"encoder": "Diffusers"}])
+def test_a_record_of_own_statistics_has_no_others(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="latents: own = True: must have an encoder, and neither mean nor std"):
+        LatentSpace.parse(OWN | change, 16)
+
+
+def test_an_autoencoder_without_statistics_cannot_give_them() -> None:
+    space = LatentSpace({"name": "Identity"}, own=True)
+    with pytest.raises(UserError, match="normalised by its own statistics, but it has none"):
+        LatentDecoder(space, Identity())

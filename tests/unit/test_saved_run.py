@@ -18,7 +18,8 @@ from random_weights import save
 from torch import Tensor, nn
 
 from mvsplit.training.checkpoint_format import COMPLETE, MANIFEST, Saved, Tensors
-from mvsplit.training.checkpoints import NETWORK, convert
+from mvsplit.training.checkpoints import NETWORK
+from mvsplit.training.conversion import convert
 from mvsplit.training.saved_run import SavedRun, parameters_on_meta
 from mvsplit.utils.config import build, to_plain
 from mvsplit.utils.errors import UserError

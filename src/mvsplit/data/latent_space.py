@@ -6,7 +6,7 @@ Shapes: B batch, C channels of the latents.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -33,11 +33,14 @@ class LatentSpace:
         encoder: identity of the autoencoder that made the set; None for a set without a manifest.
         mean: of each channel, subtracted from the latents; None if they are used as they are.
         std: of each channel, which they are divided by.
+        own: they are normalised by the autoencoder's own statistics, which are not recorded: `completed` reads them.
+            Of the autoencoder, only what is recorded is compared.
     """
 
     encoder: dict[str, Any] | None
     mean: list[float] | None = None
     std: list[float] | None = None
+    own: bool = False
 
     @classmethod
     def of_manifest(cls, manifest: dict[str, Any] | None, channels: int, normalise: bool) -> "LatentSpace":
@@ -71,16 +74,21 @@ class LatentSpace:
         """
         content = content if isinstance(content, dict) else {}
         encoder, mean, std = (content.get(key) for key in ("encoder", "mean", "std"))
+        if content.get("own") is True:
+            if mean is not None or std is not None or not isinstance(encoder, dict):
+                raise UserError("latents: own = True: must have an encoder, and neither mean nor std")
+            return cls(_identity(encoder), own=True)
         if "mean" in content and mean is None and std is None:
             return cls(_identity(encoder))
         return cls(_identity(encoder), *_checked(mean, std, channels))
 
     def plain(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "own" or value}
 
     def normalise(self, z: Tensor) -> Tensor:
         """An autoencoder's latents (B, C, height, width) → what the network sees."""
+        assert not self.own, "use the completed space"
         if self.mean is None or self.std is None:
             return z
         mean, std = (z.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
@@ -88,6 +96,7 @@ class LatentSpace:
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `normalise`."""
+        assert not self.own, "use the completed space"
         if self.mean is None or self.std is None:
             return x
         mean, std = (x.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
@@ -102,13 +111,27 @@ class LatentSpace:
         mine, theirs = autoencoder.identity(), self.encoder
         if theirs is None:
             raise UserError("autoencoder: the latents' set has no manifest that names its autoencoder; use null")
-        for key in sorted((mine.keys() | theirs.keys()) - set(PLACES), key=lambda key: (key != "name", key)):
+        keys = theirs.keys() if self.own else mine.keys() | theirs.keys()
+        for key in sorted(keys - set(PLACES), key=lambda key: (key != "name", key)):
             if mine.get(key) != theirs.get(key):
                 origin = f", from {theirs['path']}" if "path" in theirs else ""
                 raise UserError(
                     f"autoencoder: not the one that encoded the latents: {key} = {mine.get(key)}, but theirs is"
                     f" {str(theirs.get(key))[:100]}{str(origin)[:100]}"
                 )
+
+    def completed(self, autoencoder: Autoencoder) -> "LatentSpace":
+        """With the autoencoder's own statistics, if they normalise the latents.
+
+        Raises:
+            UserError: if it has none.
+        """
+        if not self.own:
+            return self
+        own = autoencoder.normalisation()
+        if own is None:
+            raise UserError("autoencoder: the latents are normalised by its own statistics, but it has none")
+        return replace(self, mean=own[0], std=own[1], own=False)
 
 
 def _checked(mean: Any, std: Any, channels: int) -> tuple[list[float], list[float]]:
@@ -150,7 +173,7 @@ class LatentDecoder:
 
     def __init__(self, space: LatentSpace, autoencoder: Autoencoder) -> None:
         space.check(autoencoder)
-        self.space, self.autoencoder = space, autoencoder
+        self.space, self.autoencoder = space.completed(autoencoder), autoencoder
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> "LatentDecoder":

@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mvsplit.training.state_file import read_state
+from mvsplit.training.tensor_files import SafetensorsFile
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.limits import parse_json, read_small
 
@@ -191,7 +192,7 @@ class Tensors:
     def __init__(self, files: Iterable[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._places: dict[str, list[tuple[int, int, Any]]] = {}  # name → (start, stop, file) of each slice
+        self._places: dict[str, list[tuple[int, int, Any]]] = {}  # name → (start, stop, (file, offset)) of each slice
         for path in files:
             self._open(path)
         for name, parts in self._places.items():
@@ -202,16 +203,16 @@ class Tensors:
 
     def _open(self, path: Path) -> None:
         try:
-            file = safe_open(str(path), "pt")
-            slices = json.loads(file.metadata()["slices"])
-            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+            file = SafetensorsFile(path)
+            slices = json.loads(file.metadata["slices"])
+            for name, part in file.tensors.items():
                 start, *shape = (int(number) for number in slices[name])
-                part = file.get_slice(name)
-                (length,) = part.get_shape()
+                (length,) = part.shape
                 if self.shapes.setdefault(name, tuple(shape)) != tuple(shape):
                     raise ValueError(f"'{name}' has two shapes")
-                self.dtypes[name] = part[:0].dtype
-                self._places.setdefault(name, []).append((start, start + length, file))
+                if self.dtypes.setdefault(name, part.dtype) != part.dtype:
+                    raise ValueError(f"'{name}' has two types")
+                self._places.setdefault(name, []).append((start, start + length, (file, part.offset)))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged, or not a file of slices ({error})") from None
 
@@ -224,18 +225,19 @@ class Tensors:
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries [start, stop) of the flattened tensor: (stop − start,)."""
-        out = torch.empty(stop - start, dtype=self.dtypes[name])
-        for first, last, file in self._places[name]:
+    def read(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Entries [start, stop) of the flattened tensor: (stop − start,), converted to a type if one is given."""
+        stored = self.dtypes[name]
+        out = torch.empty(stop - start, dtype=dtype or stored)
+        for first, last, (file, offset) in self._places[name]:
             low, high = max(first, start), min(last, stop)
             if low < high:
-                out[low - start : high - start] = file.get_slice(name)[low - first : high - first]
+                file.fill(out[low - start : high - start], offset + (low - first) * stored.itemsize, stored)
         return out
 
-    def whole(self, name: str) -> Tensor:
+    def whole(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         shape = torch.Size(self.shapes[name])
-        return self.read(name, 0, shape.numel()).reshape(shape)
+        return self.read(name, 0, shape.numel(), dtype).reshape(shape)
 
 
 class LocalTensors(Tensors):
@@ -246,9 +248,10 @@ class LocalTensors(Tensors):
         self.shapes = {name: part.shape for name, part in self._local.items()}
         self.dtypes = {name: part.values.dtype for name, part in self._local.items()}
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
+    def read(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
         part = self._local[name]
-        return part.values[start - part.start : stop - part.start]
+        values = part.values[start - part.start : stop - part.start]
+        return values if dtype is None else values.to(dtype)
 
 
 def newest(folder: Path, verify: bool) -> Path | None:

@@ -24,13 +24,10 @@ from mvsplit.training.checkpoint_format import (
     remove,
     remove_unfinished,
 )
+from mvsplit.training.tensor_files import DTYPES
 from mvsplit.utils.errors import AgreedError
 
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointWriter:
@@ -199,7 +196,7 @@ def write_safetensors(
     end = 0
     for name, (dtype, shape) in sizes.items():
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # aligns the data
     with HashedFile(path) as file:
@@ -208,6 +205,7 @@ def write_safetensors(
         for tensor in values:
             data = tensor.detach().cpu().contiguous().reshape(-1)
             file.write(data.view(torch.uint8).numpy().data)
+            del tensor, data  # before the next one is made
     return file.summary
 
 

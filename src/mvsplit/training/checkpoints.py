@@ -1,22 +1,17 @@
-"""Uses of a checkpoint (format: `checkpoint_format.py`): fit it to a network, choose weights from it, convert it."""
+"""Uses of a checkpoint (format: `checkpoint_format.py`): fit it to a network, choose weights from it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from mvsplit import __version__
-from mvsplit.training.checkpoint_format import COMPLETE, PARTIAL, Saved, Tensors, is_checkpoint_in
-from mvsplit.training.checkpoint_writer import write_safetensors
-from mvsplit.training.saved_config import parse_config, portable
-from mvsplit.utils.console import info, track
+from mvsplit.training.checkpoint_format import Saved, Tensors, is_checkpoint_in
+from mvsplit.training.saved_config import parse_config
+from mvsplit.utils.console import info
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.limits import read_small
 
@@ -112,46 +107,7 @@ def latents_of(saved: Saved) -> Any:
     return data.get("latents") if isinstance(data, dict) else None
 
 
-def convert(path: Path, output: Path, weights: Sequence[str], dtype: torch.dtype) -> int:
-    """Write a checkpoint's weights, and the part of its config that describes them, into one safetensors file.
-
-    Args:
-        path: of the checkpoint.
-        output: the new file.
-        weights: `raw`, `ema` or both; averaged weights have the network's names, trained ones `raw.…`.
-        dtype: of floating-point tensors.
-
-    Returns:
-        Number of tensors written.
-
-    Raises:
-        UserError: if the checkpoint is damaged or has no averaged weights, or if `output` cannot be written.
-    """
-    if output.suffix != ".safetensors" or (output.exists() and not output.is_file()):
-        raise UserError(f"output = {output}: must be a file that ends in .safetensors")
-    if any((folder / COMPLETE).exists() for folder in output.resolve().parents):
-        raise UserError(f"output = {output}: must not be inside a checkpoint")
-    if not output.parent.is_dir():
-        raise UserError(f"output = {output}: its folder does not exist")
-    saved = Saved(path)
-    sources: dict[str, tuple[Tensors, str]] = {}
-    for which in weights:
-        prefix = RAW if which == "raw" else ""
-        sources |= {prefix + name: (tensors, NETWORK + name) for name, (_, tensors) in choose(saved, which).items()}
-    saved.verify("weights", "ema")
-
-    def type_of(tensors: Tensors, name: str) -> torch.dtype:
-        return dtype if tensors.dtypes[name].is_floating_point else tensors.dtypes[name]
-
-    sizes = {key: (type_of(*source), source[0].shapes[source[1]]) for key, source in sources.items()}
-    values = (source[0].whole(source[1]).to(type_of(*source)) for source in track(list(sources.values()), "writing"))
-    about = {"mvsplit": __version__, "step": str(saved.step), "config": yaml.safe_dump(portable(read_config(saved)))}
-    about |= {"latents": json.dumps(latents)} if (latents := latents_of(saved)) is not None else {}
-    partial = output.with_name(output.name + PARTIAL)
-    partial.unlink(missing_ok=True)
-    try:
-        write_safetensors(partial, sizes, values, about)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
-    return len(sources)
+def text_of(saved: Saved) -> Any:
+    """What the data module recorded of the captions' encoder, unchecked; None for a network of classes."""
+    data = saved.manifest.get("data")
+    return data.get("text") if isinstance(data, dict) else None

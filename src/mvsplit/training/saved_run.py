@@ -1,28 +1,30 @@
 """A trained network, rebuilt from a checkpoint or a converted file without trusting either."""
 
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mvsplit.data.latent_space import LatentSpace
 from mvsplit.flow.objective import Flow
-from mvsplit.training.checkpoint_format import Saved
-from mvsplit.training.checkpoints import NETWORK, RAW, check_fits, choose, latents_of, read_config
-from mvsplit.training.saved_config import check_generates, check_saved_config, parse_config, portable
+from mvsplit.training.checkpoints import check_fits
+from mvsplit.training.saved_config import check_generates, check_saved_config, portable
+from mvsplit.training.weight_sources import open_source
 from mvsplit.utils.config import build
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.limits import parse_json
 
 OURS = ("mvsplit.models.dit.DiT", "mvsplit.models.sit.SiT")
 """Networks whose `compile` and `kernels` may be `auto`."""
+Precision = Literal["float32", "bfloat16", "float16"]
+PADDINGS = ("longest", "fixed")
+MAX_TEXT = 10_000
+"""Largest credible record of a text encoder, in characters."""
 
 
 @contextmanager
@@ -56,36 +58,17 @@ def parameters_on_meta(limit: float = math.inf) -> Iterator[None]:
         handle.remove()
 
 
-@dataclass
-class Source:
-    """Saved weights, of which only names and shapes have been read.
-
-    Args:
-        step: optimiser steps done.
-        config: of the run, unchecked.
-        latents: what the network's latents are, unchecked; None if it is trained on images, or by an earlier version.
-        shapes: by the network's names.
-        verify: compares checksums, if there are any.
-        read: (name, type) → the tensor, copied and converted.
-    """
-
-    step: int
-    config: dict[str, Any]
-    latents: Any
-    shapes: Mapping[str, Sequence[int]]
-    verify: Callable[[], object]
-    read: Callable[[str, torch.dtype], Tensor]
-
-
 class SavedRun:
     """A trained network, built from its saved config; nothing else in that config is used.
 
-    Host memory holds the weights in use once. A config that describes another network than the saved one, even one of a
-    million blocks, is refused before any work of its size begins.
+    Host memory holds the weights in use once, in the requested precision, and one more tensor. A config that describes
+    another network than the saved one, even one of a million blocks, is refused before any work of its size begins.
 
     Args:
-        path: a checkpoint inside a run folder, whose `config.yaml` is read; or a file written by `src/convert.py`.
+        path: a checkpoint inside a run folder, whose `config.yaml` is read; or a file or hub folder written by
+            `src/convert.py`.
         weights: `ema` for the averaged weights, `raw` for the trained ones.
+        precision: of floating-point weights in memory.
 
     Attributes:
         path: where it was read from, links resolved.
@@ -94,14 +77,15 @@ class SavedRun:
         network: on the CPU, in eval mode.
         flow: the objective it was trained for.
         latents: how its samples become images; None if they are images.
+        text: how its captions were encoded, `encoder` (an identity) and `padding`; None for a network of classes.
         step: optimiser steps done.
 
     Raises:
         UserError: if something is missing, damaged or does not fit.
     """
 
-    def __init__(self, path: Path, weights: Literal["ema", "raw"]) -> None:
-        source = _open_file(path, weights) if path.is_file() else _open_folder(path, weights)
+    def __init__(self, path: Path, weights: Literal["ema", "raw"], precision: Precision = "float32") -> None:
+        source = open_source(path, weights)
         self.path, self.step, self.run_config = path.resolve(), source.step, source.config
         self.config = portable(source.config)
         check_generates(self.config, path)
@@ -109,10 +93,13 @@ class SavedRun:
         self.flow: Flow = build(self.config["flow"])
         channels = self.config["data"]["channels"]
         self.latents = LatentSpace.parse(source.latents, channels) if source.latents is not None else None
+        self.text = _text_of(source.text, path)
         network = _network_of(self.config["model"], source.shapes)
         source.verify()
         first, expected = saved_names(network), network.state_dict()
-        state = {name: source.read(name, expected[name].dtype) for name in first.values()}
+        wanted = {name: value.dtype for name, value in expected.items()}
+        wanted |= {name: getattr(torch, precision) for name, dtype in wanted.items() if dtype.is_floating_point}
+        state = {name: source.read(name, wanted[name]) for name in first.values()}
         network.load_state_dict({name: state[first[name]] for name in first}, assign=True)  # no copies
         for name, value in (*network.named_parameters(), *network.named_buffers()):
             if value.is_meta:
@@ -156,42 +143,19 @@ def saved_names(network: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(value), name) for name, value in network.state_dict(keep_vars=True).items()}
 
 
-def _open_folder(path: Path, weights: str) -> Source:
-    saved = Saved(path)
-    chosen = choose(saved, weights)
-    return Source(
-        saved.step,
-        read_config(saved),
-        latents_of(saved),
-        {name: tensors.shapes[NETWORK + name] for name, (_, tensors) in chosen.items()},
-        verify=lambda: saved.verify(*{kind for kind, _ in chosen.values()}),
-        read=lambda name, dtype: chosen[name][1].whole(NETWORK + name).to(dtype),
-    )
+def _text_of(content: Any, path: Path) -> dict[str, Any] | None:
+    """How captions were encoded, from elsewhere: `encoder`, an identity, and `padding`.
 
-
-def _open_file(path: Path, weights: str) -> Source:
-    try:
-        file = safe_open(str(path), "pt")
-        about = file.metadata() or {}
-        if not about.keys() >= {"mvsplit", "step", "config"}:
-            raise UserError(f"ckpt_path = {path}: not written by this project's src/convert.py")
-        names = [name for name in file.keys() if name.startswith(RAW) == (weights == "raw")]  # noqa: SIM118
-        shapes = {name.removeprefix(RAW): file.get_slice(name).get_shape() for name in names}
-        step = int(about["step"])
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"ckpt_path = {path}: damaged, or not a checkpoint of this project ({error})") from None
-    if not shapes:
-        other = "raw" if weights == "ema" else "ema"
-        raise UserError(f"weights = {weights}: {path} does not contain them; use {other}")
-    prefix = RAW if weights == "raw" else ""
-    return Source(
-        step,
-        parse_config(about["config"], str(path)),
-        parse_json(about["latents"], str(path)) if "latents" in about else None,
-        shapes,
-        verify=lambda: None,
-        # The library returns a view of the file, which may change.
-        read=lambda name, dtype: file.get_tensor(prefix + name).to(dtype, copy=True),
-    )
+    Raises:
+        UserError: if it is not valid.
+    """
+    if content is None:
+        return None
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("encoder"), dict)
+        or content.get("padding") not in PADDINGS
+        or len(json.dumps(content)) > MAX_TEXT
+    ):
+        raise UserError(f"ckpt_path = {path}: its record of the text encoder is not valid")
+    return {"encoder": content["encoder"], "padding": content["padding"]}

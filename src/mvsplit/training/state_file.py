@@ -1,7 +1,8 @@
 """Reads `state.pt`, plain containers and small tensors that `torch.save` wrote, without running code from it.
 
 It takes memory in proportion to the file. PyTorch's own restricted loader inflates compressed records, and builds large
-objects from a few bytes, such as a `bytearray` of any length. This one calls only what `_GLOBALS` lists.
+objects from a few bytes, such as a `bytearray` of any length. This one calls only what `GLOBALS` lists.
+`release_file.py` reads larger files with it, whose tensors stay on disk.
 """
 
 import pickle
@@ -17,7 +18,7 @@ from torch import Tensor
 
 MAX_PICKLE = 2 << 20
 """Bytes of pickled containers, which take up to 60 times as much memory; a typical state has 10 KiB."""
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
@@ -74,15 +75,15 @@ def _bytes(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-_GLOBALS: dict[str, Any] = {
+GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": _empty_dict,
     "builtins.set": _set,
     "__builtin__.set": _set,  # its name in the pickle protocol that PyTorch uses
     "_codecs.encode": _bytes,  # how that protocol stores bytes
     "torch.Size": torch.Size,
     "torch._utils._rebuild_tensor_v2": _rebuild,
-    **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
-    **{str(dtype): dtype for dtype in _STORAGES.values()},
+    **{f"torch.{name}": dtype for name, dtype in STORAGES.items()},
+    **{str(dtype): dtype for dtype in STORAGES.values()},
 }
 
 
@@ -113,24 +114,38 @@ def _checked(opcode: bytes) -> Callable[[Any], None]:
 
     def reduce(data: Any) -> None:
         data.made += sum(len(part) for part in data.stack[-1] if isinstance(part, str | list | tuple))
-        if data.made > MAX_PICKLE:  # one stored object can be used again and again
-            raise ValueError(f"more than {MAX_PICKLE >> 20} MiB of containers")
+        if data.made > data.limit:  # one stored object can be used again and again
+            raise ValueError(f"more than {data.limit >> 20} MiB of containers")
         load(data)
 
     return write if opcode in _TARGETS else reduce if opcode == pickle.REDUCE else load
 
 
-class _Data(pickle._Unpickler):  # in Python: the C version allocates memory for any memo index
+class PlainUnpickler(pickle._Unpickler):  # in Python: the C version allocates memory for any memo index
+    """Builds plain containers; subclasses decide what becomes of a tensor's storage."""
+
+    known = GLOBALS
+    limit = MAX_PICKLE
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self.made = 0
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in self.known:
+            raise ValueError(f"{module}.{name}")
+        return self.known[f"{module}.{name}"]
+
+    dispatch = {opcode[0]: _checked(opcode) for opcode in _OPCODES}  # noqa: RUF012
+
+
+class _Data(PlainUnpickler):
+    """Reads storages into memory."""
+
     def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
         super().__init__(file)
         self.archive, self.folder = archive, folder
         self.storages: dict[str, Tensor] = {}
-        self.made = 0
-
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in _GLOBALS:
-            raise ValueError(f"{module}.{name}")
-        return _GLOBALS[f"{module}.{name}"]
 
     def persistent_load(self, pid: Any) -> Tensor:
         """The storage of a tensor; `pid` is ("storage", its type, its record's name, device, number of values)."""
@@ -141,5 +156,3 @@ class _Data(pickle._Unpickler):  # in Python: the C version allocates memory for
                 raise ValueError("a tensor claims more values than are stored")
             self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         return self.storages[key]
-
-    dispatch = {opcode[0]: _checked(opcode) for opcode in _OPCODES}  # noqa: RUF012

@@ -39,6 +39,9 @@ Any strategy and number of processes trains the same steps. The entry `trainer` 
 group; its other keys (`precision`, `gradient_clip_val`) must stay the same.
 """
 
+HUB_CONFIG = "config.json"
+"""The file that makes a folder one for a model hub."""
+
 WANDB_LOG = "wandb/*/logs/debug-core.log"
 """A link that W&B makes to a log of its own; each start has another folder, so that no later one writes through it."""
 
@@ -241,11 +244,17 @@ def last_checkpoint(run: Path) -> Path:
     return link if link.exists() or mark is None else mark.parent
 
 
+def is_hub_folder(path: Path) -> bool:
+    """Whether this is a folder for a model hub, as `src/convert.py hub=true` writes it."""
+    return (path / HUB_CONFIG).is_file() and not (path / "COMPLETE").exists()
+
+
 def find_checkpoint(ckpt_path: str, log_dir: str) -> Path:
     """A checkpoint to sample from or to evaluate.
 
     Args:
-        ckpt_path: of a checkpoint, a run's folder (its last checkpoint), or `last` for the newest run's.
+        ckpt_path: of a checkpoint, a run's folder (its last checkpoint), a converted file, a folder from a model hub,
+            or `last` for the newest run's.
         log_dir: folder with all runs.
 
     Raises:
@@ -253,7 +262,7 @@ def find_checkpoint(ckpt_path: str, log_dir: str) -> Path:
     """
     if ckpt_path != "last":
         path = Path(ckpt_path)
-        return last_checkpoint(path) if (path / "checkpoints").is_dir() else path
+        return last_checkpoint(path) if (path / "checkpoints").is_dir() and not is_hub_folder(path) else path
     tasks = Path(log_dir)
     runs = [*tasks.glob("*/runs"), *tasks.glob("*/multiruns/*")]
     found = [last_checkpoint(run) for folder in runs for run in newest_first(folder)]

@@ -1,0 +1,162 @@
+"""The README of a model on a hub, generated from what is recorded of a run.
+
+Only numbers and single words are taken from a config: no paths, addresses or other values of the machine.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch
+
+from mvsplit import __version__
+from mvsplit.training.weight_sources import Source
+
+WORD = re.compile(r"[A-Za-z0-9][\w.+:-]{0,60}")
+PLACES = ("checkpoint", "folder", "output", "subfolder")
+"""Keys of records that say where something was."""
+MAX_LEVELS = 8
+
+
+def model_card(
+    source: Source, sizes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], name: str, license: str,
+    metrics: dict[str, Any] | None, raw: bool,
+) -> str:  # fmt: skip
+    """The card, in Markdown with YAML in front.
+
+    Args:
+        source: the weights; its config has been checked as far as it is portable.
+        sizes: type and shape of each tensor that is written.
+        name: of the folder.
+        license: its identifier on the hub.
+        metrics: content of a `metrics.json`, unchecked.
+        raw: the weights are the trained ones, not their average.
+    """
+    captions = source.text is not None
+    count = sum(torch.Size(shape).numel() for name, (_, shape) in sizes.items() if name.startswith("raw.") == raw)
+    types = sorted({str(dtype).removeprefix("torch.") for dtype, _ in sizes.values()})
+    title = _word(name) or "model"
+    front = [
+        "---",
+        f"license: {license}",
+        "library_name: mvsplit",
+        f"pipeline_tag: {'text-to-image' if captions else 'unconditional-image-generation'}",
+        "tags:",
+        *(f"- {tag}" for tag in ("diffusion-transformer", "flow-matching", "image-generation", "mvsplit")),
+        "---",
+    ]
+    model = source.config["model"]
+    what = "captions" if captions else "classes"
+    return "\n".join(
+        [
+            *front,
+            f"# {title}",
+            f"\nA diffusion transformer conditioned on {what}: {count:,} parameters"
+            f" ({', '.join(types)}), {'trained' if raw else 'averaged'} weights, written by mvsplit {__version__}.",
+            *_table("Network", _words(model, "model") | _words(model.get("residual"), "residual")),
+            *_table("Data", _data(source)),
+            *_table("Training", _training(source)),
+            *_metrics(metrics),
+            *_use(title, source, raw),
+            "",
+        ]
+    )
+
+
+def _data(source: Source) -> dict[str, str]:
+    rows = _words(source.config["data"], "data", ("image_size", "channels", "num_classes"))
+    folder = source.config["data"].get("folder")
+    if isinstance(folder, str) and (name := _word(PurePosixPath(folder).name)):
+        rows["set"] = name
+    recorded = source.data if isinstance(source.data, dict) else {}
+    rows |= {key: word for key in ("fingerprint", "samples") if (word := _word(recorded.get(key)))}
+    for key, record in (("latents", source.latents), ("text", source.text)):
+        if isinstance(record, dict):
+            rows |= _words(without_places(record.get("encoder")), f"{key}.encoder")
+            rows |= _words(record, key, ("padding", "own"))
+    return rows
+
+
+def _training(source: Source) -> dict[str, str]:
+    config = source.config
+    rows = {"steps": f"{source.step:,}"} if source.step else {}
+    rows |= _words(config["flow"], "flow") | _words(config["flow"].get("times"), "flow.times")
+    rows |= _words(config.get("optim"), "optim") | _words(config["data"], "data", ("batch_size",))
+    rows |= _words(config.get("trainer"), "trainer", ("max_steps", "precision", "gradient_clip_val"))
+    callbacks = config.get("callbacks")
+    rows |= _words(callbacks.get("ema") if isinstance(callbacks, dict) else None, "callbacks.ema", ("decay",))
+    return rows | _words(config.get("module"), "module", ("seed",))
+
+
+def _metrics(metrics: dict[str, Any] | None) -> list[str]:
+    if metrics is None:
+        return []
+    numbers = {key: f"{value:.6g}" for key, value in metrics.items() if type(value) in (int, float) and _word(key[5:])}
+    lines = _table("Metrics", {key: value for key, value in numbers.items() if key != "step"})
+    protocol = without_places(metrics.get("protocol"))
+    if protocol:
+        text = json.dumps(protocol, indent=2, ensure_ascii=True).replace("`", "'")
+        lines += ["\nThey depend on this protocol:\n", "```json", text[:10_000], "```"]
+    return lines
+
+
+def _use(name: str, source: Source, raw: bool) -> list[str]:
+    option, weights = (", weights='raw'", " weights=raw") if raw else ("", "")
+    if source.text is not None:
+        call, override = 'prompts=["a corgi in the snow"]', "'prompts=[\"a corgi in the snow\"]'"
+    else:
+        call, override = "classes=[0, 1, 2]", "'classes=[0,1,2]'"
+    return [
+        "\n## Use\n",
+        "```python",
+        "import mvsplit\n",
+        f'images = mvsplit.load("{name}"{option}).sample({call})',
+        "```\n",
+        "```bash",
+        f"python src/sample.py ckpt_path={name} {override}{weights}",
+        "```",
+    ]
+
+
+def _table(title: str, rows: Mapping[str, str]) -> list[str]:
+    return [f"\n## {title}\n", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _words(node: Any, path: str, keys: tuple[str, ...] | None = None) -> dict[str, str]:
+    """The numbers and words of a config's node, and its class."""
+    found: dict[str, str] = {}
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key == "_target_" and keys is None and isinstance(value, str):
+            found[path] = _word(value.rpartition(".")[2]) or "unknown"
+        elif (keys is None or key in keys) and _word(key) and not key.startswith("_") and (word := _word(value)):
+            found[f"{path}.{key}"] = word
+    return found
+
+
+def _word(value: Any) -> str | None:
+    """A number, a word, or a short list of them; None for anything else."""
+    if isinstance(value, list) and 0 < len(value) <= 4 and all(type(one) in (int, float) for one in value):
+        return " × ".join(map(str, value))
+    if type(value) in (bool, int, float):
+        return str(value).lower()
+    return value if isinstance(value, str) and WORD.fullmatch(value) else None
+
+
+def without_places(value: Any, level: int = 0) -> Any:
+    """A record without the places of files: of a path, only the last part is left.
+
+    An address may contain a user's name and password.
+    """
+    if level > MAX_LEVELS:
+        return None
+    if isinstance(value, dict):
+        kept = {str(key): child for key, child in value.items() if key not in PLACES}
+        return {key: without_places(child, level + 1) for key, child in kept.items()}
+    if isinstance(value, list):
+        return [without_places(child, level + 1) for child in value]
+    if isinstance(value, str) and ("/" in value or "\\" in value):
+        last = value.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        return last if WORD.fullmatch(last) else None
+    return value
