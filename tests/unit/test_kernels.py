@@ -129,7 +129,7 @@ def test_compiled_code_sees_the_kernels_for_any_batch_size() -> None:
 def test_plain_operations_pass_finite_differences() -> None:
     torch.manual_seed(0)
     angle = torch.rand(3, 4, dtype=DOUBLE)
-    cos, sin = torch.cat([angle.cos()] * 2, dim=1), torch.cat([-angle.sin(), angle.sin()], dim=1)
+    cos, sin = torch.cat([angle.cos()] * 2, dim=1), torch.cat([angle.sin(), -angle.sin()], dim=1)
     qkv, packed = (torch.randn(2, 3, n, dtype=DOUBLE, requires_grad=True) for n in (48, 10))
     assert torch.autograd.gradcheck(lambda t: rope_norm(t, cos, sin, 1e-6, 2), [qkv])
     assert torch.autograd.gradcheck(swiglu, [packed])
