@@ -31,7 +31,7 @@ def _exact(x: Tensor) -> Tensor:
 
 def _pieces(*tensors: Tensor, largest: int = 0) -> Iterator[tuple[Tensor, ...]]:
     """As many samples at a time as `AT_ONCE` allows. largest: size of the largest temporary tensor for a sample."""
-    count = max(1, AT_ONCE // max(largest, *(tensor[0].numel() for tensor in tensors)))
+    count = max(1, AT_ONCE // max(1, largest, *(tensor[0].numel() for tensor in tensors)))
     return zip(*(tensor.split(count) for tensor in tensors), strict=True)
 
 
@@ -52,7 +52,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def rho(x: Tensor) -> Tensor:
-    """ρ = ‖JX‖_F / ‖PX‖_F, energy of the mean over that of the rest. x: (B, T, D). Returns a scalar, inf if PX = 0.
+    """ρ = ‖JX‖_F / ‖PX‖_F, energy of the mean over that of the rest. x: (B, T, D). Returns a scalar, inf if PX = 0, NaN if T = 0.
 
     Of one segment: `rho(x[:, :I])`. Healthy is about 1; in the paper's collapse it rises from 0.65 to 2000.
     """
