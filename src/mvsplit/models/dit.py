@@ -163,6 +163,10 @@ class PatchTransformer(nn.Module):
         self._sizes = functools.partial(Sizes, width=width, num_heads=num_heads, hidden=hidden)
         self.rope_tables = functools.partial(rope_table, head_dim=width // num_heads, theta=rope_theta)
 
+    not_decayed = frozenset({"patch_proj.weight"})
+    """Matrices without weight decay. The reference code's patch projection is a convolution: its weight has four
+    dimensions, and the paper decays only those of two."""
+
     @staticmethod
     def check(
         image_size: list[int], patch_size: int, width: int, num_heads: int, compile: Compile, kernels: Kernels = "auto"

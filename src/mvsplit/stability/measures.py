@@ -52,9 +52,10 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def rho(x: Tensor) -> Tensor:
-    """ρ = ‖JX‖_F / ‖PX‖_F, energy of the mean over that of the rest. x: (B, T, D). Returns a scalar, inf if PX = 0, NaN if T = 0.
+    """ρ = ‖JX‖_F / ‖PX‖_F, energy of the mean over that of the rest. x: (B, T, D). Returns a scalar.
 
-    Of one segment: `rho(x[:, :I])`. Healthy is about 1; in the paper's collapse it rises from 0.65 to 2000.
+    It is inf if PX = 0, and NaN for no tokens. Of one segment: `rho(x[:, :I])`. Healthy is about 1; in the paper's
+    collapse it rises from 0.65 to 2000.
     """
 
     def ratio(x: Tensor) -> Tensor:
