@@ -5,14 +5,16 @@ from typing import Any, Literal
 
 import torch
 from lightning import Callback, Trainer
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
 
+from mvsplit.callbacks.drawn_conditions import draws, has_captions, of_captions
 from mvsplit.data.autoencoders import Autoencoder
 from mvsplit.data.latent_space import LatentDecoder, LatentSpace
 from mvsplit.utils.console import info_once
 from mvsplit.utils.errors import AgreedError, UserError
 from mvsplit.utils.images import picture_grid, save_png
-from mvsplit.utils.loggers import log_picture
+from mvsplit.utils.loggers import log_lines, log_picture
 
 
 def space_of(trainer: Trainer) -> LatentSpace | None:
@@ -20,26 +22,19 @@ def space_of(trainer: Trainer) -> LatentSpace | None:
     return getattr(trainer.datamodule, "space", None)
 
 
-def draws(trainer: Trainer, module: Any, callback: str) -> bool:
-    """Whether a module generates samples; if not, one line says that the callback is off."""
-    able = hasattr(module, "sample")
-    if not able and trainer.is_global_zero:
-        info_once(f"callbacks.{callback}: off, {type(module).__name__} draws no samples")
-    return able
-
-
 class SampleGrid(Callback):
-    """Draws a grid, a column per class, with the averaged weights: a PNG and `sample/grid` in the log.
+    """Draws a grid, a column per class or caption, with the averaged weights: a PNG and `sample/grid` in the log.
 
-    At each validation, and at the end with the final weights. The noise at a place in the grid is always the same, so
-    grids of different steps show the same samples as they improve. Latents are decoded; without an autoencoder they are
-    shown as colours, three fixed projections of their channels.
+    Captions are the first of the validation set, padded together; `sample/captions` in the log lists them from left to
+    right. At each validation, and at the end with the final weights. The noise at a place in the grid is always the
+    same, so grids of different steps show the same samples as they improve. Latents are decoded; without an autoencoder
+    they are shown as colours, three fixed projections of their channels.
 
     Args:
         folder: of `step_<step>.png`.
         num_classes: number of classes of the data.
-        columns: number of classes shown, spread evenly over all.
-        rows: samples per class.
+        columns: number of classes shown, spread evenly over all; or of captions.
+        rows: samples of each.
         batch_size: samples drawn at once.
         autoencoder: that encoded the latents, or null.
         decode_on: device of the autoencoder: `cpu`, so that it takes no memory from training, or `gpu`.
@@ -51,7 +46,7 @@ class SampleGrid(Callback):
     def __init__(
         self,
         folder: str,
-        num_classes: PositiveInt,
+        num_classes: NonNegativeInt,
         columns: PositiveInt = 10,
         rows: PositiveInt = 4,
         batch_size: PositiveInt = 64,
@@ -59,9 +54,9 @@ class SampleGrid(Callback):
         decode_on: Literal["cpu", "gpu"] = "cpu",
     ) -> None:
         self.folder = Path(folder)
-        columns = min(columns, num_classes)
-        classes = torch.arange(columns) * num_classes // columns
-        self.classes, self.columns, self.batch_size = classes.repeat(rows), columns, batch_size
+        self.num_classes, self.columns, self.rows, self.batch_size = num_classes, columns, rows, batch_size
+        self.captions: list[str] = []
+        self._conditions: tuple[Tensor, Tensor | None] | None = None
         self.latest: Path | None = None
         self.autoencoder, self.decode_on = autoencoder, decode_on
         self._decoder: LatentDecoder | None = None
@@ -96,11 +91,11 @@ class SampleGrid(Callback):
             return
         self._drawn_at = trainer.global_step
         device = trainer.strategy.root_device
-        classes, index = self.classes.to(device), torch.arange(len(self.classes), device=device)
-        pictures = [
-            module.sample(labels, numbers).cpu()
-            for labels, numbers in zip(classes.split(self.batch_size), index.split(self.batch_size), strict=True)
-        ]
+        conditions, null = self._drawn(trainer)
+        columns, pictures = len(conditions), list[Tensor]()
+        for index in torch.arange(columns * self.rows, device=device).split(self.batch_size):
+            common = {} if null is None else {"null": null}
+            pictures.append(module.sample(conditions[index % columns], index, **common).cpu())
         if not trainer.is_global_zero:
             return  # the other ranks only take part because sharded strategies need them
         samples = torch.cat(pictures)
@@ -109,10 +104,24 @@ class SampleGrid(Callback):
             samples = torch.cat([self._decoder(part).cpu() for part in parts])
         elif space_of(trainer) is not None:
             info_once("sample grid: latents are shown as colours, not decoded; give autoencoder=… to decode them")
-        grid = picture_grid(samples, self.columns)
+        grid = picture_grid(samples, columns)
         self.latest = save_png(grid, self.folder / f"step_{trainer.global_step:08d}.png")
         for logger in trainer.loggers:
             log_picture(logger, "sample/grid", grid, trainer.global_step - 1)  # the step at which curves are logged
+            if self.captions:
+                log_lines(logger, "sample/captions", self.captions, trainer.global_step - 1)
+
+    def _drawn(self, trainer: Trainer) -> tuple[Tensor, Tensor | None]:
+        """Conditions of a row of the grid, and the null condition if it comes with them."""
+        if self._conditions is None and has_captions(trainer):
+            count = min(self.columns, len(trainer.datamodule.validation_index()))
+            condition, null, self.captions = of_captions(trainer, list(range(count)))
+            self._conditions = condition, null
+        elif self._conditions is None:
+            columns = min(self.columns, self.num_classes)
+            classes = torch.arange(columns) * self.num_classes // columns
+            self._conditions = classes.to(trainer.strategy.root_device), None
+        return self._conditions
 
     def summary(self) -> list[str]:
         """Lines for the end of the run."""

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 from lightning import Callback, Trainer
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from mvsplit.callbacks.sample_grid import draws
+from mvsplit.callbacks.drawn_conditions import draws, has_captions, of_captions
 from mvsplit.data.autoencoders import Autoencoder
 from mvsplit.data.latent_space import LatentDecoder
 from mvsplit.evaluation.feature_networks import FeatureNetwork
@@ -29,7 +29,9 @@ class SampleMetrics(Callback):
 
     Args:
         every_n_steps: optimiser steps between two measurements, at the validations that follow.
-        num_samples: classes in turn. Values of few samples are larger, and comparable only with as many.
+        num_samples: classes in turn, or the validation set's captions: then batches are padded by `data.text`, and
+            with `longest` the samples depend on `batch_size`. Values of few samples are larger, and comparable only
+            with as many.
         num_classes: number of classes of the data.
         batch_size: samples drawn at once, by each rank.
         features: the network whose features are compared; null trains a classifier, for small sets of images.
@@ -45,7 +47,7 @@ class SampleMetrics(Callback):
 
     def __init__(
         self,
-        num_classes: PositiveInt,
+        num_classes: NonNegativeInt,
         every_n_steps: PositiveInt = 1000,
         num_samples: Annotated[int, Ge(2)] = 500,
         batch_size: PositiveInt = 100,
@@ -79,6 +81,11 @@ class SampleMetrics(Callback):
         space = data.space
         if space is not None and self.autoencoder is None:
             raise AgreedError("callbacks.metrics: latents must be decoded; give autoencoder=…")
+        if self.features is None and not self.num_classes:
+            raise AgreedError(
+                "callbacks.metrics.features = null: trains a classifier, and the set has no classes; use"
+                " features@callbacks.metrics.features=inception or dinov2"
+            )
         if self.features is None:
             data.validation_index()  # on all ranks: a collective call for remote sets
         if trainer.is_global_zero:
@@ -110,7 +117,8 @@ class SampleMetrics(Callback):
         if self._fresh is not None:
             quality = Quality(self._fresh.network, self._fresh.reference)
             for number, batch in enumerate(images):
-                quality.update(batch, self._labels(torch.arange(len(batch)) + number * self.batch_size))
+                index = torch.arange(len(batch)) + number * self.batch_size
+                quality.update(batch, None if has_captions(trainer) else self._labels(index))
             metrics = quality.metrics() | {"seconds": seconds * trainer.world_size / self.num_samples}
         self._measured_at = trainer.global_step
         for name, value in trainer.strategy.broadcast(metrics).items():
@@ -128,7 +136,12 @@ class SampleMetrics(Callback):
         images: list[Tensor] = []
         for number in range(rounds):
             index = (number * world + rank) * self.batch_size + torch.arange(self.batch_size, device=device)
-            gathered = trainer.strategy.all_gather(module.sample(self._labels(index), index))
+            if has_captions(trainer):
+                condition, null, _ = of_captions(trainer, index.tolist())
+                drawn = module.sample(condition, index, null=null)
+            else:
+                drawn = module.sample(self._labels(index), index)
+            gathered = trainer.strategy.all_gather(drawn)
             if not trainer.is_global_zero:
                 continue
             for samples in gathered.split(1) if world > 1 else [gathered[None]]:

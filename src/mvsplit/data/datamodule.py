@@ -9,6 +9,7 @@ import lightning as L
 from annotated_types import Len
 from pydantic import NonNegativeInt, PositiveInt
 
+from mvsplit.data.captions import CaptionStates, check_resumed
 from mvsplit.data.faults import FaultCounts, FaultPolicy, Finding
 from mvsplit.data.folder_scan import load_folder_index
 from mvsplit.data.folders import class_folders
@@ -19,11 +20,11 @@ from mvsplit.data.latent_space import LatentSpace
 from mvsplit.data.order import StreamBatches, StreamOrder
 from mvsplit.data.reader import NO_TRAINER, LateLoader, ShardReader, StreamLoader, loader_options
 from mvsplit.data.remote import is_remote
-from mvsplit.data.shard_set import ShardSet
+from mvsplit.data.shard_set import ShardSet, read_captions
 from mvsplit.data.shard_writer import write_if_missing
 from mvsplit.data.storage import Storage
-from mvsplit.data.streaming import StreamedSource
-from mvsplit.data.training_sources import IndexedSource, TrainingSource, WindowedSource
+from mvsplit.data.streaming import Reader, training_source
+from mvsplit.data.text_encoder import Padding
 from mvsplit.utils.config import Seed
 from mvsplit.utils.console import info_once
 from mvsplit.utils.errors import AgreedError, UserError
@@ -33,11 +34,12 @@ REMOTE_WINDOW = 16
 
 
 class ShardDataModule(L.LightningDataModule):
-    """Samples with class labels, from local or remote tar shards, or from image folders.
+    """Samples with class labels or captions, from local or remote tar shards, or from image folders.
 
-    Batches: `image` (B, C, height, width) float32 as the network sees it, `label` (B,), `index` (B,) sample numbers,
-    `position` (B,) places in the training stream, `weight` (B,) 0 for what validation must not count, else 1, and
-    `caption` (a list of B strings) if the set has captions.
+    Batches: `image` (B, C, height, width) float32 as the network sees it, `label` (B,) if there are classes, `index`
+    (B,) sample numbers, `position` (B,) places in the training stream, `weight` (B,) 0 for what validation must not
+    count, else 1, and `caption` (a list of B strings) if the set has captions. With `text` also `condition` (B, S, W)
+    and `null_condition` (S_max, W), states of the captions and of the empty one in the dtype in which they are stored.
 
     Args:
         folder: of the shards: a path, or an https, s3 or gs address.
@@ -45,7 +47,7 @@ class ShardDataModule(L.LightningDataModule):
         storage: how remote shards are cached (`data/storage.py`).
         image_size: [height, width] of a sample.
         channels: of a sample.
-        num_classes: labels are 0 … num_classes − 1.
+        num_classes: labels are 0 … num_classes − 1; 0: samples have no classes.
         batch_size: samples per optimiser step, over all devices and accumulated micro-batches.
         faults: what damage means for the run (`data/faults.py`).
         train: pattern of the training shards' names, with * (not https) or {000..146}; with `layout=folders`, the name
@@ -62,6 +64,8 @@ class ShardDataModule(L.LightningDataModule):
         overfit_samples: train and validate on only the first so many training samples; 0 uses all.
         samples_per_shard: of `reader=webdataset` (`data/streaming.py`).
         shuffle_buffer: of `reader=webdataset`.
+        text: padding of captions' states; null: they are not read. `longest`: to the longest of this process's
+            micro-batch; padding is not masked, so results depend on its size. `fixed`: to all stored tokens.
 
     Raises:
         UserError: for missing or damaged shards, labels out of range and batch sizes that cannot be divided evenly.
@@ -74,13 +78,13 @@ class ShardDataModule(L.LightningDataModule):
         storage: Storage,
         image_size: Annotated[list[PositiveInt], Len(2, 2)],
         channels: PositiveInt,
-        num_classes: PositiveInt,
+        num_classes: NonNegativeInt,
         batch_size: PositiveInt,
         faults: FaultPolicy | None = None,
         train: str = "train-*.tar",
         val: str = "val-*.tar",
         layout: Literal["shards", "folders"] = "shards",
-        reader: Literal["index", "webdataset"] = "index",
+        reader: Reader = "index",
         seed: Seed = 0,
         num_workers: NonNegativeInt = 0,
         pin_memory: bool = False,
@@ -89,27 +93,23 @@ class ShardDataModule(L.LightningDataModule):
         overfit_samples: NonNegativeInt = 0,
         samples_per_shard: PositiveInt = 1000,
         shuffle_buffer: PositiveInt = 1000,
+        text: Padding | None = None,
     ) -> None:
         super().__init__()
+        self.text = format.text = CaptionStates(text) if text else None
+        format.labelled = num_classes > 0
         patterns = {"train": train, "val": val}
         self.shards = {name: ShardSet(storage, folder, pattern, format) for name, pattern in patterns.items()}
         self.folder, self.layout, self.prepare = self.shards["train"].folder, layout, prepare
         self.format, self.storage, self.policy = format, storage, faults or FaultPolicy()
         self.image_size, self.channels, self.num_classes = list(image_size), channels, num_classes
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.overfit_samples = batch_size, seed, overfit_samples
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.window = window if window is not None else REMOTE_WINDOW * is_remote(folder)
         if overfit_samples:
             self.window = 0  # only a few samples: shuffle all
-        self.overfit_samples = overfit_samples
-        self.source: TrainingSource
         common = self.shards["train"], self.policy, num_classes, batch_size, seed, self.window
-        if reader == "webdataset":
-            self.source = StreamedSource(*common, samples_per_shard=samples_per_shard, buffer=shuffle_buffer)
-        elif self.window:
-            self.source = WindowedSource(*common)
-        else:
-            self.source = IndexedSource(*common)
+        self.source = training_source(reader, common, samples_per_shard, shuffle_buffer)
         self.indices: dict[str, Index] = {}
         self.counts = {"train": FaultCounts(), "val": FaultCounts()}
         self.latest: list[Finding] = []  # of the current batch, from all ranks
@@ -118,8 +118,10 @@ class ShardDataModule(L.LightningDataModule):
         self._restored_space: dict[str, Any] | None = None
 
     @staticmethod
-    def check(train: str, val: str, reader: str, overfit_samples: int) -> None:
+    def check(train: str, val: str, reader: str, overfit_samples: int, layout: str, num_classes: int) -> None:
         """Raise `ValueError` for values that do not fit; called on the composed config before anything is built."""
+        if layout == "folders" and not num_classes:
+            raise ValueError("data.num_classes = 0: must be at least 1 with data.layout=folders: folders are classes")
         if overfit_samples and reader != "index":
             raise ValueError(f"data.overfit_samples = {overfit_samples}: needs data.reader=index")
         for key, pattern in (("train", train), ("val", val)):
@@ -154,6 +156,9 @@ class ShardDataModule(L.LightningDataModule):
         self.source.setup(whole if isinstance(whole, ShardIndex) else None)
         if self.source.index is not None:
             self.indices["train"] = self.source.index
+        if self.text is not None:
+            sets = [self.shards[name] for name in ("train", "val")[: 1 if self.overfit_samples else 2]]
+            read_captions(self.text, sets, (index.parts for index in self.indices.values()))
         if parts := next((index.parts for index in self.indices.values() if index.parts), None):
             self.format.bind(parts, self.shards["train"].manifest)
 
@@ -228,7 +233,7 @@ class ShardDataModule(L.LightningDataModule):
         return LateLoader(self._whole_validation)
 
     def _whole_validation(self) -> StreamLoader:
-        reader, micro_batch = self.reader("val"), self.micro_batch(1)
+        reader, micro_batch = self.reader("val", text=True), self.micro_batch(1)
         order = StreamOrder(len(reader), self.seed, shuffle=False)
         # One pass over the set in global batches; the last is filled up with samples of weight 0, because under
         # sharded strategies every rank must run equally many forward passes.
@@ -238,10 +243,10 @@ class ShardDataModule(L.LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def reader(self, name: Literal["train", "val"], train: bool = False) -> ShardReader:
-        """The samples of one set, by default as validation sees them."""
+    def reader(self, name: Literal["train", "val"], train: bool = False, text: bool = False) -> ShardReader:
+        """The samples of one set, by default as validation sees them; with `text` also their captions' states."""
         index = self.validation_index() if name == "val" else self.indices[name]
-        return ShardReader(index, self.storage, self.format, self.policy, train, self.seed)
+        return ShardReader(index, self.storage, self.format, self.policy, train, self.seed, self.text if text else None)
 
     def teardown(self, stage: str) -> None:
         self.source.close()
@@ -265,13 +270,15 @@ class ShardDataModule(L.LightningDataModule):
         """
         counts = self.counts["train" if train else "val"]
         strategy = self.trainer.strategy if self.trainer else None
-        self.latest = counts.add(batch.pop("findings"), len(batch["label"]), strategy)
+        self.latest = counts.add(batch.pop("findings"), len(batch["weight"]), strategy)
         try:
             self.policy.enforce(self.latest, counts.checkable, counts.samples)
             if not train:
                 self._check_pass(int(batch["position"][0]))
         except UserError as error:
             raise AgreedError(str(error)) from None
+        if self.text is not None:
+            batch["null_condition"] = self.text.null(batch["condition"].device)
         return self.format.finish(batch, train)
 
     def _check_pass(self, position: int) -> None:
@@ -294,10 +301,11 @@ class ShardDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
-        counts = self.counts["train"]
+        counts, samples = self.counts["train"], self.trainer.global_step * self.batch_size
         faults = {"counts": dict(counts.counts), "samples": counts.samples}
-        state = {"samples": self.trainer.global_step * self.batch_size, **self.source.state(), "faults": faults}
-        return state | ({"latents": self.space.plain()} if self.space else {})
+        parts = {"latents": self.space, "text": self.text}
+        known = {name: part.plain() for name, part in parts.items() if part is not None}
+        return {"samples": samples, **self.source.state(), "faults": faults, **known}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check that the run continues the stream it began with.
@@ -306,6 +314,7 @@ class ShardDataModule(L.LightningDataModule):
             UserError: naming what differs.
         """
         self.source.restore(state)
+        check_resumed(self.text, state.get("text"))
         self._restored_samples, self._restored_space = state["samples"], state.get("latents")
         if faults := state.get("faults"):
             self.counts["train"] = FaultCounts(Counter(faults["counts"]), faults["samples"])

@@ -1,4 +1,4 @@
-"""Re-encode a set as images of one size, or as an autoencoder's latents: shards with an index and a manifest.
+"""Re-encode a set as images of one size or latents, or with states of its captions: shards, index and manifest.
 
 Shard k contains the source samples [k·S, (k + 1)·S). The hidden folder `.encode` of the output stores the settings, and
 for each shard its index and a record, written after it: a shard without them is encoded again, the others are kept.
@@ -31,42 +31,58 @@ from mvsplit.data.shard_encoder import (
     ShardEncoder,
     ShardRecord,
     ShardTask,
+    device_of,
     encode_in_worker,
     start_worker,
     write_json,
 )
 from mvsplit.data.shard_set import own_index
+from mvsplit.data.tars import NO_CLASS
+from mvsplit.data.text_encoder import TextEncoder
+from mvsplit.data.text_encoding import KEPT, check_captions, text_manifest, write_null, write_table
 from mvsplit.utils.config import build
 from mvsplit.utils.console import info, progress
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.flat import dotted
 
 VERSION = 1
+PREPROCESSING = ("image_size", "channels", "format.val_transform")
 PARTIAL = re.compile(
-    r"((train|val)(-\d{6}\.tar(\.safetensors|\.json)?|\.index\.safetensors|\.manifest\.json)|settings\.json)\.\d+\.partial"
+    r"((train|val)(-\d{6}\.tar(\.safetensors|\.json)?|\.index\.safetensors|\.manifest\.json)|settings\.json|null\.safetensors)\.\d+\.partial"
 )
 """Names of files that are being written here: nothing else is ever removed."""
 
 
-def encode_sets(data: ShardDataModule, autoencoder: dict[str, Any], settings: Settings) -> dict[Split, Manifest]:
+def encode_table(encoder: dict[str, Any], settings: Settings) -> list[int]:
+    """Write the states of the captions in `settings.captions` in one file, and return the table's shape.
+
+    Raises:
+        UserError: if there is no such file, or the output exists.
+    """
+    _check_accelerator(settings)
+    return write_table(build(encoder).to(device_of(settings)), settings)
+
+
+def encode_sets(data: ShardDataModule, encoder: dict[str, Any], settings: Settings) -> dict[Split, Manifest]:
     """Encode the source's shards that are missing, then write index and manifest of each set, and return the manifests.
 
     Args:
-        autoencoder: a checked config; built only for `kind=latents`.
+        encoder: a checked config, of an autoencoder (`kind=latents`) or a text encoder (`kind=text`).
 
     Raises:
         UserError: if the source cannot be read, or the output contains something else.
     """
-    if not isinstance(data.format, Images) or not data.source.numbered:
+    if settings.kind == "text" and (data.layout != "shards" or not data.source.numbered):
+        raise UserError("data: must be indexed shards (data.layout=shards data.reader=index)")
+    if settings.kind != "text" and (not isinstance(data.format, Images) or not data.source.numbered):
         raise UserError("data: must be indexed images (data/format=images data.reader=index)")
-    if settings.accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("accelerator = gpu: this machine has no GPU; use cpu or auto")
+    _check_accelerator(settings)
     settings = replace(settings, output=str(Path(settings.output).absolute()))
-    built: Autoencoder | None = build(autoencoder) if settings.kind == "latents" else None
-    own = built.normalisation() if built is not None else None
-    if settings.normalisation == "autoencoder" and built is not None and own is None:
+    built: Autoencoder | TextEncoder | None = build(encoder) if settings.kind != "images" else None
+    own = built.normalisation() if isinstance(built, Autoencoder) else None
+    if settings.normalisation == "autoencoder" and isinstance(built, Autoencoder) and own is None:
         raise UserError(f"normalisation = autoencoder: {type(built).__name__} has none; use set")
-    plan = EncodePlan(settings, {}, autoencoder)
+    plan = EncodePlan(settings, {}, encoder)
     plan.hidden.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(plan.hidden / "lock", timeout=0):  # released with the process, however it ends
@@ -75,14 +91,26 @@ def encode_sets(data: ShardDataModule, autoencoder: dict[str, Any], settings: Se
             plan.readers.update({name: data.reader(name) for name in settings.splits})
             identity = _identity(settings, data, built)
             _check_output(plan, identity)
+            if isinstance(built, TextEncoder):
+                check_captions(plan.readers, built)
             _encode_missing(plan, built)
+            if isinstance(built, TextEncoder):
+                write_null(Path(settings.output), built.to(device_of(settings)))
             return {name: _finish(plan, name, data, identity, own) for name in settings.splits}
     except Timeout:
         raise UserError(f"output = {settings.output}: another process is writing there") from None
 
 
-def _identity(settings: Settings, data: ShardDataModule, autoencoder: Autoencoder | None) -> dict[str, Any]:
+def _check_accelerator(settings: Settings) -> None:
+    if settings.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("accelerator = gpu: this machine has no GPU; use cpu or auto")
+
+
+def _identity(settings: Settings, data: ShardDataModule, encoder: Autoencoder | TextEncoder | None) -> dict[str, Any]:
     """What the bytes of a shard depend on, besides the source."""
+    if isinstance(encoder, TextEncoder):
+        text = {"batch_size": settings.batch_size, "text_encoder": encoder.identity()}
+        return {"kind": settings.kind, "shard_size": settings.shard_size, **text}
     assert isinstance(data.format, Images)
     transform = data.format.val_transform
     about: dict[str, Any] = {
@@ -92,8 +120,8 @@ def _identity(settings: Settings, data: ShardDataModule, autoencoder: Autoencode
         "data.channels": data.channels,
         "data.format.val_transform": {"name": type(transform).__name__, **getattr(transform, "__dict__", {})},
     }
-    if autoencoder is not None:
-        more = {"flip": settings.flip, "batch_size": settings.batch_size, "autoencoder": autoencoder.identity()}
+    if encoder is not None:
+        more = {"flip": settings.flip, "batch_size": settings.batch_size, "autoencoder": encoder.identity()}
         more |= {"posterior": "mean"} if settings.posterior == "mean" else {}  # earlier sets do not record it
     else:
         more = {"image_format": settings.image_format}
@@ -133,14 +161,14 @@ def _kept(plan: EncodePlan, task: ShardTask) -> tuple[Part, ShardRecord] | None:
         size = Path(plan.settings.output, task.name).stat().st_size
         if index is None or [(shard.name, shard.size) for shard in index.shards] != [(task.name, size)]:
             return None
-        if not isinstance(record.left_out, dict) or len(record.shape) != 3:
+        if not isinstance(record.left_out, dict) or len(record.shape) != (0 if plan.settings.kind == "text" else 3):
             return None
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     return next(split(index)), record
 
 
-def _encode_missing(plan: EncodePlan, autoencoder: Autoencoder | None) -> None:
+def _encode_missing(plan: EncodePlan, built: Autoencoder | TextEncoder | None) -> None:
     """Encode the shards that do not exist, in `num_processes` processes, and show the progress."""
     kept = {task: _kept(plan, task) for name in plan.settings.splits for task in plan.tasks(name)}
     missing = [task for task, content in kept.items() if content is None]
@@ -165,7 +193,7 @@ def _encode_missing(plan: EncodePlan, autoencoder: Autoencoder | None) -> None:
         elif missing:
             threads = torch.get_num_threads()
             try:
-                encoder = ShardEncoder(plan, autoencoder=autoencoder)
+                encoder = ShardEncoder(plan, encoder=built)
                 for task in missing:
                     encoder.encode(task, report)
             finally:
@@ -213,7 +241,8 @@ def _finish(
         records.append(kept[1])
     index = merge(settings.output, parts)
     left_out = sum((Counter(record.left_out) for record in records), Counter(f.kind for f in reader.index.findings))
-    counts = torch.bincount(torch.from_numpy(index.columns["label"]), minlength=data.num_classes)
+    labels = torch.from_numpy(index.columns["label"])
+    counts = torch.bincount(labels[labels != NO_CLASS], minlength=data.num_classes)
     manifest: Manifest = {
         "version": VERSION,
         "kind": settings.kind,
@@ -227,10 +256,13 @@ def _finish(
             "samples": len(reader),
             "fingerprint": reader.index.fingerprint,
         },
-        "preprocessing": {key: identity[f"data.{key}"] for key in ("image_size", "channels", "format.val_transform")},
+        "preprocessing": {key: identity.get(f"data.{key}") for key in PREPROCESSING},
         "encoder": identity.get("autoencoder"),
-        "settings": {key: value for key, value in identity.items() if not key.startswith(("data.", "autoencoder"))},
+        "settings": {key: identity[key] for key in identity if not key.startswith(("data.", "autoencoder", "text_"))},
     }
+    if settings.kind == "text":
+        more = text_manifest(data.shards[name].manifest, data.format.kind, identity["text_encoder"])
+        manifest = {key: value for key, value in manifest.items() if key not in KEPT} | more
     if settings.kind == "latents":
         manifest |= _statistics(records) | {"posterior": settings.posterior}
         mean, std = manifest["channel_mean"], manifest["channel_std"]

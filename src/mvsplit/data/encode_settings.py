@@ -14,7 +14,7 @@ class Settings:
     """What to write and how; the keys of `encode.yaml`, explained there."""
 
     output: str
-    kind: Literal["images", "latents"]
+    kind: Literal["images", "latents", "text"]
     splits: Annotated[list[Split], Len(1)]
     shard_size: PositiveInt
     image_format: Literal["png", "jpg", "webp"]
@@ -22,6 +22,7 @@ class Settings:
     flip: bool
     posterior: Literal["draw", "mean"]
     normalisation: Literal["set", "autoencoder"]
+    captions: str | None
     batch_size: PositiveInt
     num_processes: PositiveInt
     accelerator: Literal["auto", "cpu", "gpu"]

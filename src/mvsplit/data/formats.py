@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import PositiveInt
 from torch import Tensor
 
+from mvsplit.data.captions import CaptionStates
 from mvsplit.data.latent_space import LatentSpace
 from mvsplit.data.transforms import decode_picture, in_colour, jpeg_damage
 from mvsplit.utils.config import Seed
@@ -28,6 +29,8 @@ Transform = Callable[[Image.Image, int], Tensor]
 """(image, place in the training stream) → uint8 (C, height, width)."""
 Batch = dict[str, Any]
 Manifest = dict[str, Any]
+TEXT = {"text": ("text.safetensors",)}
+"""The part of any format that contains the caption's states (`data/captions.py`), with its suffixes."""
 
 
 class Format(ABC):
@@ -36,9 +39,13 @@ class Format(ABC):
     kind: ClassVar[str]
     """What a set's manifest, if it has one, calls it."""
     members: ClassVar[dict[str, tuple[str, ...]]]
-    """Parts of a sample, with the suffixes allowed for each; `data` is required."""
+    """Parts of a sample, with the suffixes allowed for each; `data` is required. `text` is read on request alone."""
     space: LatentSpace | None = None
     """How samples become images again, if they are latents; known once a set is bound."""
+    text: CaptionStates | None = None
+    """The captions' states that samples need; None: they are not read."""
+    labelled: bool = True
+    """Whether samples need classes."""
 
     def bind(self, parts: set[str], manifest: Manifest | None) -> None:
         """Check that a set with these parts and this manifest can be read.
@@ -48,6 +55,8 @@ class Format(ABC):
         """
         if manifest is not None and (found := manifest.get("kind", self.kind)) != self.kind:
             raise UserError(f"data.format = {self.kind}: the set contains {found}, according to its manifest")
+        if self.text is not None and "text" not in parts:
+            raise UserError(f"data.text = {self.text.padding}: no sample of the set has states of its caption")
         self.space = self.space_of(manifest)
 
     def space_of(self, manifest: Manifest | None) -> LatentSpace | None:
@@ -91,7 +100,7 @@ class Images(Format):
     """
 
     kind = "images"
-    members: ClassVar = {"data": ("png", "jpg", "jpeg", "webp")}
+    members: ClassVar = {"data": ("png", "jpg", "jpeg", "webp"), **TEXT}
 
     def __init__(
         self,
@@ -147,7 +156,7 @@ class Latents(Format):
     """
 
     kind = "latents"
-    members: ClassVar = {"data": ("safetensors",), "flipped": ("flipped.safetensors",)}
+    members: ClassVar = {"data": ("safetensors",), "flipped": ("flipped.safetensors",), **TEXT}
 
     def __init__(
         self, image_size: list[int], channels: PositiveInt, flip: bool = True, seed: Seed = 0, normalise: bool = True

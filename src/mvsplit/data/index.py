@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from mvsplit.data.faults import Finding
 from mvsplit.data.storage import Storage
 from mvsplit.data.tar_scan import Columns, Shard
-from mvsplit.data.tars import MAX_MEMBER, Place, split_name
+from mvsplit.data.tars import MAX_MEMBER, NO_CLASS, Place, split_name
 from mvsplit.utils.console import info_once
 from mvsplit.utils.files import whole_file
 
@@ -276,7 +276,7 @@ def _consistent(index: ShardIndex) -> bool:
     """Whether every sample is inside its shard."""
     columns = index.columns
     dtypes = {name: DTYPES[name.rpartition(".")[2]] for name in columns}
-    if any(column.dtype != dtypes[name] for name, column in columns.items()) or (columns["label"] < 0).any():
+    if any(column.dtype != dtypes[name] for name, column in columns.items()) or (columns["label"] < NO_CLASS).any():
         return False
     for shard in index.shards:
         if shard.samples * tarfile.BLOCKSIZE > shard.size if not shard.files else shard.samples != len(shard.files):

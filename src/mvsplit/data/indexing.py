@@ -242,11 +242,21 @@ def check_damage(folder: str, shards: Sequence[Shard], policy: FaultPolicy, unse
 
 
 def check_classes(labels: NDArray, num_classes: int, location: Callable[[int], str]) -> None:
-    """Check that all labels are below the number of classes; `location` returns the file of a label by its place.
+    """Check that all labels are below the number of classes, if there are any classes.
+
+    Args:
+        location: returns the file of a label by its place.
 
     Raises:
-        UserError: naming the file with the highest label.
+        UserError: naming the file with the highest label, or one without a label.
     """
+    if not num_classes:
+        return
+    if len(labels) and int(labels.min()) < 0:
+        raise UserError(
+            f"data.num_classes = {num_classes}: {location(int(labels.argmin()))} contains a sample without a class"
+            " label; use 0 if the set has no classes"
+        )
     if len(labels) and (highest := int(labels.max())) >= num_classes:
         raise UserError(
             f"data.num_classes = {num_classes}: {location(int(labels.argmax()))} contains class {highest};"

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from mvsplit.data.captions import CaptionStates, cut_to_longest
 from mvsplit.data.faults import DataFault, FaultPolicy, Finding, reason_of
 from mvsplit.data.formats import Batch, Format
 from mvsplit.data.index import Index, Row
 from mvsplit.data.order import SHARD_BITS
 from mvsplit.data.remote import is_remote
 from mvsplit.data.storage import Storage
-from mvsplit.data.tars import parse_json
+from mvsplit.data.tars import MAX_MEMBER, parse_caption
 from mvsplit.utils.rng import Stream, bits
 
 Sample = dict[str, Any]
@@ -46,6 +47,7 @@ NO_TRAINER: Any = SimpleNamespace(
 
 def collate(samples: list[Sample]) -> Batch:
     """A batch: stacked tensors, captions as a list, and the samples' findings in one list."""
+    cut_to_longest(samples)  # here: what is cut need not be copied between processes
     findings = [finding for sample in samples for finding in sample.pop("findings")]
     dtypes = {name: DTYPES[type(value)] for name, value in samples[0].items() if type(value) in DTYPES}
     rest = [{name: value for name, value in sample.items() if name not in dtypes} for sample in samples]
@@ -59,21 +61,29 @@ def collate(samples: list[Sample]) -> Batch:
 class ShardReader(Dataset[Sample]):
     """Map-style view of an index; items are requested as (place in the stream, sample number).
 
-    Items: what the format decodes, `label`, `index` (number of the sample that was read), `position` (place in the
-    stream), `caption` if the set has captions, `weight` (1; 0 for damaged samples of validation and places beyond its
-    first pass), `findings`.
+    Items: what the format decodes, `label` if the format needs classes, `index` (number of the sample that was read),
+    `position` (place in the stream), `caption` if the set has captions, `weight` (1; 0 for damaged samples of
+    validation and places beyond its first pass), `findings`.
 
     Args:
         train: False reads each sample once, as validation does: without augmentation, and a damaged one has weight 0
             instead of a substitute.
         seed: of the choice of substitutes.
+        text: the captions' states that items have too (`data/captions.py`).
     """
 
     def __init__(
-        self, index: Index, storage: Storage, form: Format, policy: FaultPolicy, train: bool, seed: int = 0
+        self,
+        index: Index,
+        storage: Storage,
+        form: Format,
+        policy: FaultPolicy,
+        train: bool,
+        seed: int = 0,
+        text: CaptionStates | None = None,
     ) -> None:
         self.index, self.storage, self.form, self.policy = index, storage, form, policy
-        self.train, self.seed = train, seed
+        self.train, self.seed, self.text = train, seed, text
         self._captions = "caption" if {"txt", "json"} & index.parts else None
         self._files: OrderedDict[str, int] = OrderedDict()
 
@@ -103,7 +113,9 @@ class ShardReader(Dataset[Sample]):
                 if attempt == 0 or last:  # counted per place of the stream, not per try
                     findings.append(Finding(fault.kind, str(fault), hopeless=last))
                 if self.policy.action == "fatal" or not self.train or last:
-                    sample = self.form.blank() | {"label": 0, "index": first, "position": position, "weight": 0.0}
+                    sample = self.form.blank() | (self.text.blank() if self.text else {})
+                    sample |= {"index": first, "position": position, "weight": 0.0}
+                    sample |= {"label": 0} if self.form.labelled else {}
                     sample |= {self._captions: ""} if self._captions else {}
                     break
                 draw = bits(self.seed, Stream.SUBSTITUTE, torch.tensor([position]), attempt + 1)[0, attempt]
@@ -119,25 +131,30 @@ class ShardReader(Dataset[Sample]):
             DataFault: naming shard and sample.
         """
         data = self.raw(number, part)
-        caption = {self._captions: self._caption(number)} if self._captions else {}
+        caption = {self._captions: self.caption(number) or ""} if self._captions else {}
+        states = self.raw(number, "text", self.text.limit) if self.text else b""
         try:
             sample: Sample = dict(self.form.decode(data, position, self.train)) | caption
+            if self.text is not None:
+                sample |= self.text.decode(states)
         except Exception as error:  # decoders fail in many ways, all caused by the data
             raise self._fault("undecodable", number, f"cannot be decoded ({reason_of(error)})") from None
         first_pass = self.train or position < len(self.index)
-        label = self.index.row(number).label
-        return sample | {"label": label, "index": number, "position": position, "weight": float(first_pass)}
+        sample |= {"index": number, "position": position, "weight": float(first_pass)}
+        return sample | ({"label": self.index.row(number).label} if self.form.labelled else {})
 
-    def _caption(self, number: int) -> str:
-        _, _, columns, row = self.index.row(number)
-        for part in ("txt", "json"):
-            if f"{part}.size" in columns and columns[f"{part}.size"][row] >= 0:
-                data = self.raw(number, part)
-                return data.decode(errors="replace") if part == "txt" else str(parse_json(data).get("caption", ""))
-        return ""
+    def caption(self, number: int) -> str | None:
+        """The caption of sample `number`; None if it has none.
 
-    def raw(self, number: int, part: str = "data") -> bytes:
-        """The bytes of one member of sample `number`.
+        Raises:
+            DataFault: if it cannot be read.
+        """
+        row = self.index.row(number)
+        txt, json = (self.raw(number, part) if row.place(part)[1] >= 0 else None for part in ("txt", "json"))
+        return parse_caption(txt, json)
+
+    def raw(self, number: int, part: str = "data", limit: int = MAX_MEMBER) -> bytes:
+        """The bytes, at most `limit`, of one member of sample `number`.
 
         Raises:
             DataFault: if they are not those that were indexed, or cannot be read.
@@ -146,6 +163,8 @@ class ShardReader(Dataset[Sample]):
         offset, size = row.place(part)
         if size < 0:
             raise self._fault("missing_member", number, f"has no member for '{part}'")
+        if size > limit:
+            raise self._fault("bad_member", number, f"has {size} bytes for '{part}'; at most {limit} are allowed")
         for attempt in (1, 2):
             file = self._open(row)
             try:

@@ -23,6 +23,9 @@ from mvsplit.data.index import merge, write_index
 from mvsplit.data.reader import ShardReader
 from mvsplit.data.shard_writer import write_shard
 from mvsplit.data.tar_scan import scan_tar
+from mvsplit.data.tars import NO_CLASS
+from mvsplit.data.text_encoder import TextEncoder
+from mvsplit.data.text_encoding import copied_with_states
 from mvsplit.utils.config import build
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.files import whole_file
@@ -48,7 +51,7 @@ class ShardRecord:
     """What is stored of a shard besides its index.
 
     Attributes:
-        shape: of its samples, [C, height, width].
+        shape: of its samples, [C, height, width]; empty if they are copies.
         left_out: damaged source samples by kind.
         count: of latents, values per channel.
         total: of latents, Σ mean per channel.
@@ -64,11 +67,11 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """All that a process needs to encode any shard; `autoencoder` is a config."""
+    """All that a process needs to encode any shard; `encoder` is a config, of an autoencoder or a text encoder."""
 
     settings: Settings
     readers: dict[Split, ShardReader]
-    autoencoder: dict[str, Any]
+    encoder: dict[str, Any]
 
     @property
     def hidden(self) -> Path:
@@ -83,22 +86,29 @@ class EncodePlan:
         return range(task.number * size, min((task.number + 1) * size, len(self.readers[task.split])))
 
 
+def device_of(settings: Settings, number: int = 0) -> torch.device:
+    """Where the encoder of a process is; GPUs are assigned in turn."""
+    gpus = torch.cuda.device_count() if settings.kind != "images" and settings.accelerator != "cpu" else 0
+    return torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
+
+
 class ShardEncoder:
     """Encodes shards in one process.
 
     Args:
-        number: of the process; GPUs are assigned in turn.
-        autoencoder: built already, else built here if needed.
+        number: of the process.
+        encoder: built already, else built here if needed.
     """
 
-    def __init__(self, plan: EncodePlan, number: int = 0, autoencoder: Autoencoder | None = None) -> None:
+    def __init__(self, plan: EncodePlan, number: int = 0, encoder: Autoencoder | TextEncoder | None = None) -> None:
         torch.set_num_threads(1)  # sums must not depend on how many processes share the cores
         torch.backends.cudnn.deterministic = True
         self.plan = plan
-        latents = plan.settings.kind == "latents"
-        gpus = torch.cuda.device_count() if latents and plan.settings.accelerator != "cpu" else 0
-        self.device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
-        self.autoencoder = (autoencoder or build(plan.autoencoder)).to(self.device) if latents else None
+        kind = plan.settings.kind
+        self.device = device_of(plan.settings, number)
+        built: Any = (encoder or build(plan.encoder)).to(self.device) if kind != "images" else None
+        self.autoencoder: Autoencoder | None = built if kind == "latents" else None
+        self.text_encoder: TextEncoder | None = built if kind == "text" else None
 
     def encode(self, task: ShardTask, report: Report) -> None:
         """Write one shard, its index and its record, in this order.
@@ -122,21 +132,31 @@ class ShardEncoder:
         reader = self.plan.readers[task.split]
         for first in range(0, len(numbers), batch_size):
             chosen = numbers[first : first + batch_size]
+            if self.text_encoder is not None:
+                copies, found = copied_with_states(reader, chosen, self.text_encoder)
+                self._count(reader, found, record)
+                yield from ((f"{task.split}{number:08d}", members) for number, members in copies)
+                report(task.split, len(chosen), found)
+                continue
             samples = reader.__getitems__([(number, number) for number in chosen])
             found = [f for sample in samples for f in sample["findings"] if f.kind != "retried"]
-            reader.policy.enforce(found)
-            for finding in found:
-                record.left_out[finding.kind] = record.left_out.get(finding.kind, 0) + 1
+            self._count(reader, found, record)
             whole = [sample for sample in samples if sample["weight"]]
             if whole:
                 images = torch.stack([sample["image"] for sample in whole])
                 contents = self._images(images, record) if self.autoencoder is None else self._latents(images, record)
                 for sample, members in zip(whole, contents, strict=True):
-                    members["cls"] = str(sample["label"]).encode()
+                    if sample.get("label", NO_CLASS) != NO_CLASS:
+                        members["cls"] = str(sample["label"]).encode()
                     if "caption" in sample:
                         members["txt"] = sample["caption"].encode()
                     yield f"{task.split}{sample['index']:08d}", members
             report(task.split, len(chosen), found)
+
+    def _count(self, reader: ShardReader, found: list[Finding], record: ShardRecord) -> None:
+        reader.policy.enforce(found)
+        for finding in found:
+            record.left_out[finding.kind] = record.left_out.get(finding.kind, 0) + 1
 
     def _images(self, images: Tensor, record: ShardRecord) -> list[dict[str, bytes]]:
         """(B, channels, height, width) uint8 → an image file of each."""

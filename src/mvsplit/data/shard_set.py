@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mvsplit.data.captions import NULL, CaptionStates
 from mvsplit.data.formats import Format, Manifest
 from mvsplit.data.remote import is_remote
 from mvsplit.data.storage import Storage, expand_braces
@@ -78,6 +80,26 @@ class ShardSet:
         if listed and (others := sorted(set(names) - set(listed))):
             raise UserError(f"data: {folder}/{others[0]} is not listed in {set_name(self.pattern)}.manifest.json")
         return sorted({*names, *listed})
+
+
+def read_captions(text: CaptionStates, sets: Sequence[ShardSet], parts: Iterable[set[str]]) -> None:
+    """Read what is stored of the captions' states beside the shards, the same for all sets.
+
+    Args:
+        sets: the training set, and perhaps the validation set.
+        parts: that samples have, of each set whose index is known.
+
+    Raises:
+        UserError: if they have none, or they do not fit each other.
+    """
+    first = sets[0]
+    text.describe(first.manifest, first.folder)
+    for other in sets[1:]:
+        if (other.manifest or {}).get("text") != (first.manifest or {}).get("text"):
+            raise UserError(f"data.val = {other.pattern}: its captions were not encoded as those of data.train")
+    if any(known and "text" not in known for known in parts):
+        raise text.missing(first.folder)
+    text.read_null(first.beside(NULL))
 
 
 def set_name(pattern: str) -> str:

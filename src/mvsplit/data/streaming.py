@@ -7,7 +7,7 @@ of ranks and workers, and a resume that begins at a shard's start.
 import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import webdataset as wds
@@ -17,14 +17,16 @@ from mvsplit.data.faults import DataFault, Finding, reason_of
 from mvsplit.data.formats import Batch
 from mvsplit.data.order import StreamOrder
 from mvsplit.data.reader import MAX_SUBSTITUTES, Sample
-from mvsplit.data.tars import ShardFindings, TarSamples, parse_json, read
-from mvsplit.data.training_sources import TrainingSource
+from mvsplit.data.tars import ShardFindings, TarSamples, parse_caption, read
+from mvsplit.data.training_sources import IndexedSource, TrainingSource, WindowedSource
 from mvsplit.utils.console import info
 
 COSTS = (
     "data.reader=webdataset: the order of samples depends on the number of ranks and workers; a resume begins at a"
     " shard's start and may repeat or omit samples"
 )
+
+Reader = Literal["index", "webdataset"]
 
 
 class StreamedSource(TrainingSource):
@@ -54,6 +56,14 @@ class StreamedSource(TrainingSource):
         return f"webdataset {self.shards.folder} {self.shards.pattern}"
 
 
+def training_source(reader: Reader, common: Any, samples_per_shard: int, buffer: int) -> TrainingSource:
+    """The source that `data.reader` and `data.window` choose; `common` are the arguments of all sources."""
+    if reader == "webdataset":
+        return StreamedSource(*common, samples_per_shard=samples_per_shard, buffer=buffer)
+    *_, window = common
+    return (WindowedSource if window else IndexedSource)(*common)
+
+
 class StreamedBatches:
     """A stream's batches with their places; as many as the run has left."""
 
@@ -68,7 +78,7 @@ class StreamedBatches:
         for step in range(self.first_step(), trainer.max_steps):
             for micro in range(trainer.accumulate_grad_batches):
                 batch = next(batches)
-                size = len(batch["label"])
+                size = len(batch["weight"])
                 first = step * self.batch_size + (micro * trainer.world_size + trainer.global_rank) * size
                 yield batch | {"position": torch.arange(first, first + size)}
 
@@ -126,7 +136,11 @@ class WebDatasetStream(IterableDataset[Sample]):
         yield self._blank() | {"findings": [*self._findings[-1:], hopeless]}
 
     def _blank(self) -> Sample:
-        return dict(self.form.blank()) | {"label": 0, "index": -1, "weight": 0.0, "caption": ""}
+        sample = dict(self.form.blank()) | (self.form.text.blank() if self.form.text else {})
+        return sample | self._numbers(0, 0.0) | {"caption": ""}
+
+    def _numbers(self, label: int, weight: float) -> Sample:
+        return ({"label": label} if self.form.labelled else {}) | {"index": -1, "weight": weight}
 
     def _samples(self, shards: Iterable[str]) -> Iterator[RawSample]:
         """Samples shard by shard: the next shard may begin with the key that the last one ended with."""
@@ -137,10 +151,13 @@ class WebDatasetStream(IterableDataset[Sample]):
             found = ShardFindings(location)
             try:
                 with self.source.shards.storage.local(location).open("rb") as file:
-                    for key, parts, label in TarSamples(file, self.form.members, found):
+                    for key, parts, label in TarSamples(file, self.form.members, found, self.form.labelled):
                         self._report(found)
                         self._barren = 0
+                        text = parts.pop("text", None)
                         contents = {part: read(file, *place) for part, place in parts.items()}
+                        if text is not None and (states := self.form.text) is not None:
+                            contents["text"] = read(file, text[0], min(text[1], states.limit + 1))
                         yield RawSample(f"{location}: sample '{key}'", label, contents)
             except DataFault as fault:
                 found.append(Finding(fault.kind, str(fault)))
@@ -156,16 +173,18 @@ class WebDatasetStream(IterableDataset[Sample]):
         found.clear()
 
     def _decoded(self, sample: RawSample, place: int) -> Sample:
-        part = self.form.choose([place], train=True)[0]
-        if part not in sample.parts:
-            raise DataFault("missing_member", f"{sample.where} lacks its {' or '.join(self.form.members[part])}")
-        if sample.label >= (allowed := self.source.num_classes):
+        part, text = self.form.choose([place], train=True)[0], self.form.text
+        for needed in (part, "text") if text is not None else (part,):
+            if needed not in sample.parts:
+                names = " or ".join(self.form.members[needed])
+                raise DataFault("missing_member", f"{sample.where} lacks its {names}")
+        if self.form.labelled and sample.label >= (allowed := self.source.num_classes):
             raise DataFault("bad_member", f"{sample.where} has class {sample.label}, but data.num_classes = {allowed}")
         try:
-            tensors = self.form.decode(sample.parts[part], place, train=True)
+            tensors: Sample = dict(self.form.decode(sample.parts[part], place, train=True))
+            if text is not None:
+                tensors |= text.decode(sample.parts["text"])
         except Exception as error:
             raise DataFault("undecodable", f"{sample.where} cannot be decoded ({reason_of(error)})") from None
-        caption = sample.parts.get("txt", b"").decode(errors="replace")
-        if "json" in sample.parts:
-            caption = str(parse_json(sample.parts["json"])["caption"])
-        return dict(tensors) | {"label": sample.label, "index": -1, "weight": 1.0, "caption": caption}
+        caption = parse_caption(sample.parts.get("txt"), sample.parts.get("json")) or ""
+        return tensors | self._numbers(sample.label, 1.0) | {"caption": caption}

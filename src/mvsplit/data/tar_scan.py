@@ -79,7 +79,7 @@ def _scan_tar(storage: Storage, folder: str, name: str, form: Format) -> tuple[S
             raise DataFault("empty_shard", f"{location}: empty file")
         with path.open("rb") as file:
             shard = Shard(name, stat.st_size, 0 if is_remote(folder) else stamp(stat))
-            for key, parts, label in TarSamples(file, form.members, found):
+            for key, parts, label in TarSamples(file, form.members, found, form.labelled):
                 content = {part: read(file, *place) for part, place in parts.items()}
                 if (damage := form.inspect(content["data"])) is not None:
                     found.add("undecodable", f"sample '{key}' cannot be decoded ({damage})")
@@ -106,7 +106,8 @@ def same_members(path: Path, columns: Columns, form: Format) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        new = columns_of([(parts, {}, label) for _, parts, label in TarSamples(file, form.members, found)])
+        samples = TarSamples(file, form.members, found, form.labelled)
+        new = columns_of([(parts, {}, label) for _, parts, label in samples])
     return not found and all(
         np.array_equal(column, columns.get(name, [])) for name, column in new.items() if not name.endswith(".crc32")
     )

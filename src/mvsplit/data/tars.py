@@ -27,6 +27,8 @@ RECORD = re.compile(rb"(\d{1,5}) ([^=\n]{1,200})=")
 LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 NOT_DATA = ("cls", "json", "txt")
+NO_CLASS = -1
+"""Label of a sample without a class, in sets that need none."""
 
 Place = tuple[int, int]
 """(offset in the file, size) of a member's bytes."""
@@ -167,10 +169,13 @@ class TarSamples:
     Args:
         suffixes: of each part that a format reads; the part `data` is required.
         found: damage is added here; samples that it affects are left out.
+        labelled: a sample without a valid class is damaged; else it gets the label `NO_CLASS`.
     """
 
-    def __init__(self, file: IO[bytes], suffixes: Mapping[str, tuple[str, ...]], found: ShardFindings) -> None:
-        self.file, self.found = file, found
+    def __init__(
+        self, file: IO[bytes], suffixes: Mapping[str, tuple[str, ...]], found: ShardFindings, labelled: bool = True
+    ) -> None:
+        self.file, self.found, self.labelled = file, found, labelled
         self.part_of = {suffix: part for part, names in suffixes.items() for suffix in names}
         self.key, self.keys = "", set[str]()
 
@@ -223,7 +228,7 @@ class TarSamples:
             return
         try:
             about = parse_json(self._read(sample.get("json")))
-            label = parse_label(self._read(sample.get("cls")), about)
+            label = self._label(self._read(sample.get("cls")), about)
         except DataFault as fault:
             self.found.add(fault.kind, f"sample '{self.key}' {fault}")
             return
@@ -232,6 +237,14 @@ class TarSamples:
         elif isinstance(about.get("caption"), str):
             parts["json"] = sample["json"]
         yield self.key, parts, label
+
+    def _label(self, cls: bytes | None, about: dict[str, Any]) -> int:
+        try:
+            return parse_label(cls, about)
+        except DataFault:
+            if self.labelled:
+                raise
+            return NO_CLASS
 
     def _read(self, place: Place | None) -> bytes | None:
         return None if place is None else read(self.file, place[0], min(place[1], MAX_JSON + 1))
@@ -250,6 +263,19 @@ def parse_json(data: bytes | None) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise DataFault("bad_member", "has an invalid .json") from None
     return about if isinstance(about, dict) else {}
+
+
+def parse_caption(txt: bytes | None, json_: bytes | None) -> str | None:
+    """The caption of a sample: its `txt`, else `caption` in its json; None without one. What is not UTF-8 is replaced.
+
+    Raises:
+        DataFault: like `parse_json`.
+    """
+    if txt is not None:
+        return txt.decode(errors="replace")
+    caption = parse_json(json_).get("caption")
+    # A json can contain halves of characters, which cannot be written.
+    return caption.encode(errors="replace").decode() if isinstance(caption, str) else None
 
 
 def parse_label(cls: bytes | None, about: dict[str, Any]) -> int:

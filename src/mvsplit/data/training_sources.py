@@ -169,7 +169,8 @@ class IndexedSource(TrainingSource):
         batches = StreamBatches(
             order, self.batch_size, micro_batch, rank, world_size, trainer.max_steps, first_step, ahead
         )
-        reader = ShardReader(index, shards.storage, shards.form, self.policy, train=True, seed=self.seed)
+        form = shards.form
+        reader = ShardReader(index, shards.storage, form, self.policy, train=True, seed=self.seed, text=form.text)
         return StreamLoader(reader, batch_sampler=batches, **options)
 
     def order(self, trainer: Any) -> Order:

@@ -6,23 +6,53 @@ Shapes: B batch, C channels.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from mvsplit.data.datamodule import ShardDataModule
 from mvsplit.flow.objective import Flow, drop_condition, velocity_loss
 from mvsplit.flow.sampler import Sampler, sample_noise
 from mvsplit.flow.times import time_shift
 from mvsplit.training.network_module import Batch, Mean, NetworkModule, nan_to_infinity, require_finite
 from mvsplit.training.optim import AdamW
 from mvsplit.utils.config import Seed
+from mvsplit.utils.errors import AgreedError
 from mvsplit.utils.rng import Stream, normal
 
 
 def condition_of(batch: Batch) -> Tensor:
     """The network's condition for each sample: the batch's `condition` if it has one, else its class."""
     return batch["condition"] if "condition" in batch else batch["label"]
+
+
+def check_conditions(network: nn.Module, data: Any) -> None:
+    """Check that the data have what the network is conditioned on.
+
+    Raises:
+        AgreedError: one line with the key.
+    """
+    if not isinstance(data, ShardDataModule):
+        return
+    needed, stored = getattr(network, "embedding_width", None), data.text.width if data.text else None
+    rows: int | None = getattr(getattr(network, "context", None), "null_class", None)
+    if needed is not None and stored is None:
+        raise AgreedError(
+            "data.text = null: the network is conditioned on captions; use longest or fixed, with a set of"
+            " src/encode.py kind=text"
+        )
+    if needed is None and stored is not None:
+        raise AgreedError("model.context: is conditioned on classes, not on captions; use data.text=null")
+    if needed != stored:
+        raise AgreedError(
+            f"model.context.embedding_width = {needed}: the states of the set's captions have the width {stored}"
+        )
+    if needed is None and not data.num_classes:
+        raise AgreedError("data.num_classes = 0: the network is conditioned on classes")
+    if rows is not None and rows < data.num_classes:
+        raise AgreedError(f"model.context: has {rows} classes; must be at least data.num_classes = {data.num_classes}")
 
 
 class FlowModule(NetworkModule):
@@ -56,6 +86,11 @@ class FlowModule(NetworkModule):
         self.flow, self.sampler = flow, sampler
         self.time_bins, self.val_times = time_bins, val_times
         self.mean_loss = nn.ModuleList(Mean() for _ in range(time_bins + 1))  # all times, then each bin
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self._trainer is not None:
+            check_conditions(self.network, self.trainer.datamodule)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x0 = batch["image"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le, Len
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from mvsplit.utils.config import Seed, check_config
 from mvsplit.utils.errors import UserError
@@ -26,7 +26,7 @@ class SampleShape:
 
     image_size: Annotated[list[PositiveInt], Len(2, 2)]
     channels: PositiveInt
-    num_classes: PositiveInt
+    num_classes: NonNegativeInt
 
 
 @dataclass

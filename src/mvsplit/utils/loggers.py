@@ -5,7 +5,7 @@ import hashlib
 import os
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ def log_picture(logger: Logger, tag: str, picture: Tensor | np.ndarray, step: in
         logger.experiment.add_image(tag, picture, step)
     elif takes_pictures(logger):
         logger.log_image(key=tag, images=[picture.transpose(1, 2, 0)], step=step)  # type: ignore[attr-defined]
+
+
+def log_lines(logger: Logger, tag: str, lines: Sequence[str], step: int) -> None:
+    """Log lines of text as a numbered list, in TensorBoard alone; called in the first process only."""
+    if isinstance(logger, TensorBoardLogger):
+        shown = (" ".join(line.split())[:300].replace("<", "&lt;") for line in lines)
+        logger.experiment.add_text(tag, "\n".join(f"{i}. {line}" for i, line in enumerate(shown, 1)), step)
 
 
 def hparams_of(config: Mapping[str, Any]) -> dict[str, Any]:
