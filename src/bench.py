@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 import train
@@ -24,6 +25,7 @@ from mvsplit.training import settings
 from mvsplit.utils import entry
 from mvsplit.utils.config import to_checked
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.run_dirs import PROJECT_ROOT
 
 
 def train_here(overrides: list[str], folder: Path) -> dict[str, float]:
@@ -42,8 +44,6 @@ def check(name: str, cfg: DictConfig) -> tuple[Any, dict[str, Any]]:
     module = importlib.import_module(f"mvsplit.benchmarks.{BENCHMARKS[name]}")
     config = to_checked(cfg, module.Config)
     if name == "memory":
-        if HydraConfig.initialized():
-            check_experiment(HydraConfig.get())  # first: replaced groups need not fit together
         settings.check_together(config)
         module.check_sizes(config)
     elif name == "precision":
@@ -81,20 +81,23 @@ def benchmark_run(cfg: DictConfig, config: dict[str, Any]) -> dict[str, Any]:
     return settings.checked(chosen)
 
 
-def check_experiment(hydra: Any) -> None:
-    """Raise `UserError` if groups of `bench_memory.yaml` would silently replace an experiment's."""
-    given = {override.partition("=")[0] for override in hydra.overrides.task}
-    missing = [f"{group}=…" for group in ("data", "model", "trainer") if group not in given]
-    if hydra.runtime.choices.get("experiment") and missing:
-        raise UserError(
-            f"experiment = {hydra.runtime.choices['experiment']}: the benchmark's defaults would replace its groups;"
-            f" also pass {' '.join(missing)}"
-        )
+def experiments_groups(argv: list[str]) -> list[str]:
+    """The groups that a planned experiment chooses, as overrides: the benchmark's own would replace them."""
+    experiments = [arg for arg in argv if arg.startswith("experiment=")]
+    if len(experiments) != 1 or "," in experiments[0]:
+        return []
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT_ROOT / "configs")):
+            choices = compose("train.yaml", experiments, return_hydra_config=True).hydra.runtime.choices
+    except HydraException:
+        return []  # reported when the whole command is composed
+    given = {arg.partition("=")[0] for arg in argv}
+    return [f"{group}={choices[group]}" for group in PLANNED_GROUPS if group not in given]
 
 
 def train_overrides(hydra: Any, own: set[str]) -> list[str]:
     """The overrides of `train.yaml` that compose this command's training config, without the benchmark's own keys."""
-    groups = {group: hydra.runtime.choices[group] for group in ("data", "model", "trainer")}
+    groups = {group: hydra.runtime.choices[group] for group in PLANNED_GROUPS}
     given = [o for o in hydra.overrides.task if o.lstrip("+~").partition("=")[0].partition(".")[0] not in own]
     return [f"{group}={choice}" for group, choice in groups.items() if f"{group}={choice}" not in given] + given
 
@@ -112,6 +115,10 @@ BENCHMARKS = {
     "step": "step_cost",
 }
 """Benchmark → its module in `mvsplit.benchmarks`."""
+
+
+PLANNED_GROUPS = ("data", "model", "trainer")
+"""Groups that `bench_memory.yaml` chooses in place of those of `train.yaml`."""
 
 
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
@@ -134,5 +141,7 @@ if __name__ == "__main__":
         if sys.argv[1:] in (["-h"], ["--help"]):
             sys.exit(print(__doc__))
         benchmark, sys.argv = split_command(sys.argv)
+        if benchmark == "memory":
+            sys.argv += experiments_groups(sys.argv)
     run, checked = partial(bench, benchmark), partial(check, benchmark)
     entry.run(run, f"bench_{benchmark}.yaml", checked, RESOLVERS, planning=benchmark == "memory")

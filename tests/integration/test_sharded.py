@@ -270,3 +270,22 @@ def test_construction_holds_a_share_and_a_few_blocks(worker: Worker, strategy: s
     for record in records:
         # Half of the network; a group of blocks while it is built and sharded; 40 kB of bookkeeping per parameter.
         assert record["peak"] < depth * block / 2 + (group + 3) * block + depth * 8 * 40_000, record["peak"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
+def test_matrices_decay_but_not_the_patch_projection(worker: Worker, strategy: str) -> None:
+    """A rate so small that only the decay moves a weight: by 1 − 1e-6 · 1e5 in each of two steps."""
+    record, _ = worker("train", f"trainer={strategy}", "trainer.devices=2", *SMALL, "optim.schedule=constant",
+                       "optim.warmup_steps=0", "optim.lr=1e-6", "optim.weight_decay=1e5", "trainer.max_steps=2",
+                       "trainer.val_check_interval=2")  # fmt: skip
+    ratios = {
+        name: float(record["final"][name].norm() / before.norm())
+        for name, before in record["initial"].items()
+        if before.norm() > 0.1
+    }
+    kept = {name for name, ratio in ratios.items() if ratio == pytest.approx(1, abs=1e-3)}
+    assert all(ratio == pytest.approx(0.81, abs=1e-3) for name, ratio in ratios.items() if name not in kept)
+    gains = {name for name in ratios if name.endswith("beta")}
+    assert kept == {"patch_proj.weight", "context.table"} | gains
+    assert "blocks.5.ffn.w2.weight" in ratios

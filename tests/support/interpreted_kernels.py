@@ -126,7 +126,7 @@ def operators() -> None:
     gradcheck = functools.partial(torch.autograd.gradcheck, fast_mode=True)
     assert gradcheck(lambda *t: merge_norm(*t, (3, 1), 1e-6, fused=True), (x, update, alpha, beta))
     angle = torch.rand(3, 4, dtype=DOUBLE)
-    cos, sin = torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1)
+    cos, sin = torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin(), -angle.sin()], 1)
     assert gradcheck(lambda t: rope_norm(t, cos, sin, 1e-6, 2, fused=True), (qkv.detach().double().requires_grad_(),))
     assert gradcheck(lambda t: swiglu(t, fused=True), (packed.detach().double().requires_grad_(),))
     cos, sin = cos.float(), sin.float()

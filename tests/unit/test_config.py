@@ -111,11 +111,11 @@ def test_every_config_of_eval_composes_and_checks(group: str, option: str) -> No
 def test_every_context_composes_and_builds(tmp_path: Path) -> None:
     save_file({"embeddings": torch.randn(11, 3, 7)}, tmp_path / "table.safetensors")
     table = f"model.context.embeddings={tmp_path}/table.safetensors"
-    contexts = {"class_tokens": [], "caption_table": [table], "sample_embeddings": []}
+    contexts = {"class_tokens": [], "caption_table": [table], "captions": []}
     assert {f.stem for f in (CONFIGS / "model" / "context").glob("*.yaml")} == set(contexts)
     for name, overrides in contexts.items():
         network = build(checked("model=tiny", f"model/context={name}", *overrides)["model"])()
-        assert network.segments[1] == {"class_tokens": 4, "caption_table": 3, "sample_embeddings": 256}[name]
+        assert network.segments[1] == {"class_tokens": 4, "caption_table": 3, "captions": 256}[name]
     with pytest.raises(UserError, match=r"embeddings"):
         checked("model/context=caption_table")
 
@@ -307,8 +307,10 @@ def test_precisions_that_nothing_is_trained_in(precision: str, trainer: str, all
 
 
 PAPER_400L, PAPER_1000L = ["experiment=imagenet256_400l"], ["experiment=imagenet256_1000l"]
+CLASS_TOKENS = 1001 * 4 * 1024
 
 
+@pytest.mark.parametrize("classes", [False, True], ids=["captions", "classes"])
 @pytest.mark.parametrize(
     ("overrides", "parameters", "start"),
     [
@@ -319,25 +321,45 @@ PAPER_400L, PAPER_1000L = ["experiment=imagenet256_400l"], ["experiment=imagenet
     ],
     ids=["post_norm", "layerscale", "mvsplit_400", "mvsplit_1000"],
 )
-def test_the_papers_experiments(overrides: list[str], parameters: int, start: float | None) -> None:
-    config = checked(*overrides)
-    trainer, optim = config["trainer"], config["optim"]
+def test_the_papers_experiments(overrides: list[str], parameters: int, start: float | None, classes: bool) -> None:
+    experiment, *others = overrides
+    config = checked(experiment + "_classes" * classes, *others)
+    trainer, optim, residual = config["trainer"], config["optim"], config["residual"]
     ranks = trainer["devices"] * trainer["num_nodes"]
     assert ranks == (16 if overrides == PAPER_1000L else 8)
     assert config["data"]["batch_size"] == 1024
     assert 1024 // ranks // trainer["accumulate_grad_batches"] == 64  # samples at a time on a GPU
-    assert (trainer["max_steps"], trainer["gradient_clip_val"], config["flow"]["time_shift"]) == (50000, 1.0, 4.0)
+    assert (trainer["max_steps"], trainer["gradient_clip_val"], config["flow"]["time_shift"]) == (100_000, 1.0, 4.0)
     assert trainer["val_check_interval"] == 2500 * trainer["accumulate_grad_batches"]
     assert (optim["lr"], optim["warmup_steps"], optim["schedule"]) == (1.5625e-4, 1000, "constant")
+    assert (optim["betas"], optim["eps"], optim["weight_decay"]) == ([0.9, 0.999], 1e-8, 0.1)
+    sampler = config["sampler"]
+    assert (sampler["solver"], sampler["steps"], sampler["cfg_scale"], sampler["time_shift"]) == ("euler", 25, 2, None)
+    assert config["data"]["text"] == (None if classes else "longest")
+    assert config["data"]["folder"].endswith("imagenet_latents" if classes else "imagenet_captions")
     with torch.device("meta"):
         network = build(config["model"])()
     assert network.input_shape == (128, 16, 16)
-    assert network.segments[0] == 256
+    assert network.segments == (256, 4 if classes else 256)
+    assert network.embedding_width == (None if classes else 1024)
     # The paper's context, encoded captions, has no weights of its own; our learned class tokens do.
-    context = sum(p.numel() for p in network.context.parameters())
-    assert sum(p.numel() for p in network.parameters()) - context == parameters
-    residual = config["residual"]
+    assert CLASS_TOKENS == 4_100_096
+    assert sum(p.numel() for p in network.parameters()) == parameters + classes * CLASS_TOKENS
     assert residual.get("beta_init", residual.get("lambda_init")) == start
+    block = network.blocks[0]  # of the input norms, of the merges, of queries and keys: as in the reference code
+    assert (network.eps, block.residual1.eps, block.attention.qk_eps) == (1e-5, 1e-5, 1e-6)
+    assert network.not_decayed == {"patch_proj.weight"}
+    assert block.attention.proj.init_std == block.ffn.w2.init_std == (0.02 if "lambda_init" in residual else 0)
+
+
+@pytest.mark.parametrize("size", ["400l", "1000l"])
+def test_the_two_forms_of_an_experiment_differ_in_their_context_alone(size: str) -> None:
+    captions, classes = (checked(f"experiment=imagenet256_{size}{form}") for form in ("", "_classes"))
+    for config in (captions, classes):
+        for part in (config["model"], config["module"]["network"]):
+            del part["context"]
+        del config["data"]["folder"], config["data"]["text"], config["tags"]
+    assert captions == classes
 
 
 def test_seed_zero_is_a_seed() -> None:

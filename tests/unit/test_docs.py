@@ -45,9 +45,16 @@ LINES = [
     shlex.split(part, comments=True) for b in blocks("bash") for line in b.splitlines() for part in line.split("&&")
 ]
 LAUNCHED = [line for b in blocks("sh") for line in b.replace("\\\n", " ").splitlines() if "src/train.py" in line]
+IN_EXPERIMENTS = [
+    shlex.split(part.replace("srun ", ""), comments=True)
+    for path in sorted((CONFIGS / "experiment").glob("imagenet*.yaml"))
+    for line in path.read_text().splitlines()
+    if line.startswith("#   ") and "python src/" in line
+    for part in line[1:].split("&&")
+]
 COMMANDS = {
     " ".join(command): command
-    for command in [line for line in LINES if line[:1] == ["python"]]
+    for command in [line for line in LINES + IN_EXPERIMENTS if line[:1] == ["python"]]
     + [["python", *shlex.split(line[line.index("src/train.py") :])] for line in LAUNCHED]
 }
 
@@ -71,6 +78,7 @@ def test_every_command_has_a_valid_config(command: list[str], tmp_path: Path) ->
     name = script
     if script == "bench":
         kind, overrides = bench.split_command(["bench.py", *overrides])[0], overrides[1:]
+        overrides += bench.experiments_groups(overrides) if kind == "memory" else []
         name = f"bench_{kind}"
     elif script == "study":
         kind, overrides = study.command(["study.py", *overrides]), overrides[1:]

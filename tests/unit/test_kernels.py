@@ -95,7 +95,8 @@ def test_kernels_spill_nothing_and_load_16_bytes(widths: tuple[int, ...], types:
 
 
 @pytest.mark.apart
-def test_compiled_code_sees_the_kernels_for_any_batch_size() -> None:
+@pytest.mark.parametrize("differs", ["batch", "length"])
+def test_compiled_code_sees_the_kernels_for_any_batch_size_and_length(differs: str) -> None:
     from torch._dynamo.backends.common import aot_autograd
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -104,20 +105,23 @@ def test_compiled_code_sees_the_kernels_for_any_batch_size() -> None:
     from mvsplit.kernels import fused_merge_norm
 
     graphs: list[Any] = []
+    lengths = (3, 4, 17, 33)  # of the context; one tile of the kernels has 16 tokens
 
     def compiler(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    def both(x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-        out, r, _, _ = fused_merge_norm.merge_norm(x, update, alpha, beta, [5, 3], 1e-6)
-        return fused_merge_norm.merge_norm_backward(out, out, r, update, [5, 3])
+    def both(x: Tensor, update: Tensor, alpha: Tensor, beta: Tensor, segments: list[int]) -> tuple[Tensor, ...]:
+        out, r, _, _ = fused_merge_norm.merge_norm(x, update, alpha, beta, segments, 1e-6)
+        return fused_merge_norm.merge_norm_backward(out, out, r, update, segments)
 
     with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
         compiled = torch.compile(both, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
-        for batch in (2, 3, 4, 5):
-            x = torch.zeros(batch, 8, 16)
-            assert compiled(x, x.bfloat16(), torch.zeros(16), torch.zeros(16))[0].shape == x.shape
+        for size in range(2, 6):
+            batch, context = (2, lengths[size - 2]) if differs == "length" else (size, 3)
+            x = torch.zeros(batch, 5 + context, 16)
+            found = compiled(x, x.bfloat16(), torch.zeros(16), torch.zeros(16), [5, context])
+            assert found[0].shape == x.shape
     assert len(graphs) == 2  # one for the first size, one for all others
     for graph in graphs:
         assert sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes) == 5
@@ -129,7 +133,7 @@ def test_compiled_code_sees_the_kernels_for_any_batch_size() -> None:
 def test_plain_operations_pass_finite_differences() -> None:
     torch.manual_seed(0)
     angle = torch.rand(3, 4, dtype=DOUBLE)
-    cos, sin = torch.cat([angle.cos()] * 2, dim=1), torch.cat([-angle.sin(), angle.sin()], dim=1)
+    cos, sin = torch.cat([angle.cos()] * 2, dim=1), torch.cat([angle.sin(), -angle.sin()], dim=1)
     qkv, packed = (torch.randn(2, 3, n, dtype=DOUBLE, requires_grad=True) for n in (48, 10))
     assert torch.autograd.gradcheck(lambda t: rope_norm(t, cos, sin, 1e-6, 2), [qkv])
     assert torch.autograd.gradcheck(swiglu, [packed])

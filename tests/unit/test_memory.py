@@ -1,7 +1,6 @@
 """The planner's arithmetic against the paper's sizes and by hand; its searches; its config."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from mvsplit.utils.errors import UserError
 
 pytestmark = pytest.mark.apart  # plans for GPUs are measured on fake ones
 
-PAPER = ["data=imagenet_latents", "model.patch_size=1", "model/context=sample_embeddings", "callbacks.sample_grid=null"]
+PAPER = ["data=imagenet_latents", "model.patch_size=1", "model/context=captions"]
 CPU = ["data=digits", "model=digits", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
 
 IN_BACKWARD = ["optim.in_backward=true", "trainer.gradient_clip_val=null", "callbacks.monitor.probe=null"]
@@ -207,15 +206,25 @@ def test_its_config_is_checked(wrong: str) -> None:
         composed(wrong)
 
 
-def test_an_experiments_groups_are_not_replaced_silently() -> None:
-    class Hydra:
-        runtime = SimpleNamespace(choices={"experiment": "imagenet256_400l"})
-        overrides = SimpleNamespace(task=["experiment=imagenet256_400l", "model=layers_400"])
+def test_an_experiment_keeps_its_own_groups() -> None:
+    groups = ["data=imagenet_latents", "model=layers_400", "trainer=deepspeed"]
+    command = ["bench.py", "experiment=imagenet256_400l", "device_gib=40"]
+    assert bench.experiments_groups(command) == groups
+    assert bench.experiments_groups([*command, "model=layers_1000"]) == [groups[0], groups[2]]
+    assert bench.experiments_groups(["bench.py", "experiment=mms_lab"])[:2] == ["data=digits", "model=digits"]
+    for unknown in (["experiment=nothing"], ["experiment=mms_lab,vit_lab"], ["model=digits"]):
+        assert bench.experiments_groups(["bench.py", *unknown]) == []
 
-    with pytest.raises(UserError, match=r"experiment = imagenet256_400l: .* also pass data=… trainer=…"):
-        bench.check_experiment(Hydra)
-    Hydra.overrides.task += ["data=imagenet_latents", "trainer=deepspeed"]
-    bench.check_experiment(Hydra)
+
+@pytest.mark.parametrize(
+    ("experiment", "samples", "context", "gib"),
+    [("400l", 64, 256, 35.4), ("400l_classes", 64, 4, 25.2), ("1000l", 64, 256, 49.9), ("1000l_classes", 64, 4, 34.5)],
+)
+def test_the_papers_experiments_fit_as_their_files_say(experiment: str, samples: int, context: int, gib: float) -> None:
+    command = [f"experiment=imagenet256_{experiment}"]
+    run = read_planned_run(composed(*command, *bench.experiments_groups(command)))
+    assert (run.batch, run.model["context"]["num_tokens"]) == (samples, context)
+    assert plan(run).total / GIB == pytest.approx(gib, abs=0.1)
 
 
 def test_the_measured_run_is_the_planned_one() -> None:

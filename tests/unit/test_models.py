@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mvsplit.flow.objective import drop_condition
 from mvsplit.kernels.rope_norm import apply_rope
 from mvsplit.models.attention import Attention, rope_table
 from mvsplit.models.conditioning import CaptionTable, ClassTokens, SampleEmbeddings
@@ -16,17 +17,18 @@ from mvsplit.models.dit import DiT, patchify, unpatchify
 from mvsplit.models.layers import SwiGLU
 from mvsplit.models.norm_placements import SiameseNorm
 from mvsplit.models.residuals import MVSplit, PostNorm, Residual
+from mvsplit.utils.errors import UserError
 
 
 def rotate_slowly(x: list[float], row: int, column: int, theta: float = 10000.0) -> list[float]:
-    """One head's vector at one place, plane by plane."""
+    """One head's vector at one place, plane by plane, in the reference code's direction."""
     half, planes = len(x) // 2, len(x) // 4
     out = [0.0] * len(x)
     for i in range(half):
         place = row if i < planes else column
         angle = place * theta ** (-(i % planes) / planes)
-        out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
-        out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
+        out[i] = x[i] * math.cos(angle) + x[i + half] * math.sin(angle)
+        out[i + half] = x[i + half] * math.cos(angle) - x[i] * math.sin(angle)
     return out
 
 
@@ -174,11 +176,19 @@ def test_caption_table_is_fixed_and_projected(tmp_path: Path) -> None:
 
 def test_sample_embeddings_run_through_the_network() -> None:
     network = awake(tiny(context=functools.partial(SampleEmbeddings, num_tokens=3, embedding_width=7)))
-    condition = torch.randn(2, 3, 7)
-    dropped = network.drop(condition, torch.tensor([True, False]))
-    assert not dropped[0].any()
+    condition, null, mask = torch.randn(2, 3, 7), torch.randn(5, 7), torch.tensor([True, False])
+    assert network.embedding_width == 7
+    dropped = drop_condition(network, condition, mask, null)
+    assert torch.equal(dropped[0], null[:3])  # of the longer null condition, as many tokens as the captions have
     assert torch.equal(dropped[1], condition[1])
-    assert network(torch.randn(2, 2, 4, 6), torch.rand(2), condition).shape == (2, 2, 4, 6)
+    z = torch.randn(1, 2, 4, 6).expand(2, -1, -1, -1)
+    out = network(z, torch.rand(2), dropped)
+    assert out.shape == (2, 2, 4, 6)
+    assert (out[0] - out[1]).abs().max() > 1e-3  # the caption reaches the picture
+    with pytest.raises(UserError, match=r"^model\.context: the batch has captions' embeddings, but no `null_cond"):
+        drop_condition(network, condition, mask)
+    with pytest.raises(UserError, match=r"\(samples, tokens, 7\) of captions, but was given \(2,\); src/encode\.py"):
+        network(z, torch.rand(2), torch.tensor([0, 1]))
 
 
 @pytest.mark.slow

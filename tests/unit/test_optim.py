@@ -1,6 +1,7 @@
 """Muon, moments in fewer bits, steps in the backward pass: against torchao, an SVD, and the same without them."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -69,8 +70,21 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_everything_else() -> Non
     parts = {name: group["parts"] for group, of in zip(optimizer.param_groups, muon, strict=False) for name in of}
     assert {name.split(".")[-2]: number for name, number in parts.items()} == {"qkv": 3, "w13": 2, "proj": 1, "w2": 1}
     assert sorted(name for of in muon + adamw for name in of) == sorted(names.values())
-    assert adamw[0] == ["patch_proj.weight", "final_proj.weight"]
+    assert adamw[0] == ["final_proj.weight"]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.1, 0.1, 0.0]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_patch_projection_does_not_decay(kind: str) -> None:
+    """It is a convolution in the reference code, whose weight decay is of two-dimensional weights only."""
+    network = dit()
+    optimizer, _ = dataclasses.replace(MAKERS[kind](), weight_decay=0.1).build(network, 10)
+    names = {id(p): name for name, p in network.named_parameters()}
+    decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay.keys() == set(names.values())
+    matrices = {f"blocks.{i}.{name}" for i in range(2) for name in MATRICES} | {"final_proj.weight"}
+    assert {name for name, value in decay.items() if value} == matrices
+    assert network.get_parameter("patch_proj.weight").ndim == 2
 
 
 @pytest.mark.parametrize("parts", [1, 3])

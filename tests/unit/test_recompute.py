@@ -162,7 +162,8 @@ def test_peaks_are_as_computed() -> None:
     """Everything alive during a step, against the formula from one block's measured bytes."""
     x = torch.randn(BATCH, 10, 32, requires_grad=True)
     made = network(width=32, depth=24)
-    _, a = saved_bytes(lambda: made.blocks[0](x, *made.rope_tables, made.segments), made.blocks[0], made.rope_tables)
+    tables = made.rope_tables(made.rows, made.columns, num_context=4)
+    _, a = saved_bytes(lambda: made.blocks[0](x, *tables, made.segments), made.blocks[0], tables)
     c = x.nbytes
     assert 20 * c < a < 30 * c
     for schedule in (

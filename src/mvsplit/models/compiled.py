@@ -3,6 +3,8 @@
 All blocks share the compiled code, so the time to compile does not depend on the depth (compiling a network of a
 thousand blocks as a whole would take over an hour). There is one graph for training, one for training with
 recomputation, and one for passes without gradients, which serves all batch sizes except one sample, which has its own.
+Where the number of tokens differs between batches, PyTorch compiles the first number, and at the second one once more
+for all others; where it does not, all shapes are constants of the graph.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -45,18 +47,22 @@ class Compilable(nn.Module):
     def runs_compiled(self) -> bool:
         return self.compiled and not self.watched and type(self) not in _uncompilable
 
+    def worth_compiling(self, x: Tensor, *args: Any) -> bool:
+        """Whether these inputs are not so rare that a graph of their own costs more than it saves."""
+        return True
+
     def forward(self, x: Tensor, *args: Any, recompute: bool = False) -> Tensor:
         """Run the block.
 
         Args:
             x: (B, T, D).
             args: what the blocks share, first the `per_sample` tensors.
-            recompute: keep only the inputs for the backward pass; of compiled blocks only.
+            recompute: keep only the inputs for the backward pass; of inputs only that run compiled.
 
         Returns:
             (B, T, D).
         """
-        if not self.runs_compiled:
+        if not (self.runs_compiled and self.worth_compiling(x, *args)):
             return self.compute(x, *args)
         training = is_grad_enabled()
         if not training:  # the last batch of a set may be smaller
@@ -64,7 +70,9 @@ class Compilable(nn.Module):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         kind: Any = type(self)
         try:
-            return _compiled(kind, recompute and training)(self, x, *args)
+            return _compiled(kind, "recomputed" if recompute and training else "trained" if training else "drawn")(
+                self, x, *args
+            )
         except Exception as error:
             from torch._dynamo.exc import TorchDynamoException  # here: importing it takes seconds
 
@@ -79,18 +87,24 @@ _uncompilable: set[type] = set()
 
 
 @functools.cache
-def _compiled(kind: Any, recompute: bool) -> Callable[..., Tensor]:
-    """The compiled `compute` of a class of blocks. Raises after eight recompilations, instead of running uncompiled."""
+def _compiled(kind: Any, way: Literal["trained", "recomputed", "drawn"]) -> Callable[..., Tensor]:
+    """The compiled `compute` of a class of blocks. Raises after eight recompilations, instead of running uncompiled.
 
-    def plain(block: Compilable, x: Tensor, *args: Any) -> Tensor:
+    Each way is a function of its own: recompilations are counted, and sizes that differ are noticed, by function.
+    """
+
+    def trained(block: Compilable, x: Tensor, *args: Any) -> Tensor:
         return block.compute(x, *args)
 
     def recomputed(block: Compilable, x: Tensor, *args: Any) -> Tensor:
         # Inside of what is compiled, so that only what the backward pass reads is computed again.
         return checkpoint(block.compute, x, *args, use_reentrant=False)
 
+    def drawn(block: Compilable, x: Tensor, *args: Any) -> Tensor:
+        return block.compute(x, *args)
+
     _expect_no_gpu()
-    return torch.compile(recomputed if recompute else plain, fullgraph=True)
+    return torch.compile({"trained": trained, "recomputed": recomputed, "drawn": drawn}[way], fullgraph=True)
 
 
 def _expect_no_gpu() -> None:

@@ -3,7 +3,8 @@
 Shapes: B batch, S context tokens, D width, W embedding width (for example of a text encoder).
 
 Every context module has the same interface: `num_tokens`, the most it makes; `forward(condition) -> (B, S, D)`; and
-`drop(condition, mask) -> condition`, which replaces the condition of the masked samples with the null condition.
+`drop(condition, mask) -> condition`, which replaces the condition of the masked samples with the null condition. If S
+differs between batches, it has `lengths_differ`, which is then true.
 Label dropout in training and the unconditional branch in sampling both use `drop`, unless the null condition comes with
 the condition (`flow.objective.drop_condition`).
 """
@@ -113,6 +114,7 @@ class SampleEmbeddings(nn.Module):
     """
 
     provided = frozenset({"width"})
+    lengths_differ = True
 
     def __init__(self, width: int, num_tokens: PositiveInt = 256, embedding_width: NonNegativeInt = 0) -> None:
         super().__init__()

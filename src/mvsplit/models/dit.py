@@ -63,7 +63,14 @@ class Block(Compilable):
         x = self.residual1(x, self.attention(self.residual1.branch_input(x), cos, sin), segments)
         return self.residual2(x, self.ffn(self.residual2.branch_input(x)), segments)
 
+    def worth_compiling(self, x: Tensor, *args: Any) -> bool:
+        # PyTorch compiles sizes of 0 and 1 apart. Captions have so few tokens now and then.
+        *_, segments = args
+        return not self.lengths_differ or segments[1] > 1
+
     fused = Fused()
+    lengths_differ = False
+    """Whether the number of context tokens differs between batches; set by the network."""
 
     def use(self, fused: Fused) -> None:
         """Use these fused operations."""
@@ -148,11 +155,17 @@ class PatchTransformer(nn.Module):
         self.blocks = nn.ModuleList()
         new = (Block(width, depth, number, num_heads, hidden, residual, qk_eps) for number in numbers)
         append_blocks(self.blocks, new, compile)
+        for block in self.blocks:
+            block.lengths_differ = getattr(self.context, "lengths_differ", False)  # type: ignore[assignment]
         last: Block = self.blocks[-1]  # type: ignore[assignment]
         self.normalise_output = not last.residual2.normalises_output
         self.kernels = KernelChoice(kernels, last.residual1.has_fused)
         self._sizes = functools.partial(Sizes, width=width, num_heads=num_heads, hidden=hidden)
         self.rope_tables = functools.partial(rope_table, head_dim=width // num_heads, theta=rope_theta)
+
+    not_decayed = frozenset({"patch_proj.weight"})
+    """Matrices without weight decay. The reference code's patch projection is a convolution: its weight has four
+    dimensions, and the paper decays only those of two."""
 
     @staticmethod
     def check(

@@ -202,7 +202,7 @@ class Checkpointing:
             self._log(schedule, len(blocks), saved, trunk)
         for first in range(0, schedule.recomputed, schedule.every or 1):
             group = blocks[max(first, done) : min(first + schedule.every, schedule.recomputed)]
-            if schedule.every == 1 and group and getattr(group[0], "runs_compiled", False) and not self.offload:
+            if schedule.every == 1 and group and not self.offload and _compiles(group[0], x, args):
                 x = group[0](x, *args, recompute=True)  # the recomputation is compiled too
             elif group:
                 with saved_tensors_hooks(self._host.pack, self._host.unpack) if self.offload else nullcontext():
@@ -220,6 +220,10 @@ class Checkpointing:
                 f"model.checkpointing.budget_gib = {self.budget_gib}: the schedule with the lowest peak needs"
                 f" {needed:.2f} GiB; use a smaller batch or more devices"
             )
+
+
+def _compiles(block: Any, x: Tensor, args: tuple[Any, ...]) -> bool:
+    return getattr(block, "runs_compiled", False) and block.worth_compiling(x, *args)
 
 
 def _run(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Any, ...]) -> Tensor:

@@ -31,7 +31,7 @@ def _exact(x: Tensor) -> Tensor:
 
 def _pieces(*tensors: Tensor, largest: int = 0) -> Iterator[tuple[Tensor, ...]]:
     """As many samples at a time as `AT_ONCE` allows. largest: size of the largest temporary tensor for a sample."""
-    count = max(1, AT_ONCE // max(largest, *(tensor[0].numel() for tensor in tensors)))
+    count = max(1, AT_ONCE // max(1, largest, *(tensor[0].numel() for tensor in tensors)))
     return zip(*(tensor.split(count) for tensor in tensors), strict=True)
 
 
@@ -52,9 +52,10 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def rho(x: Tensor) -> Tensor:
-    """ρ = ‖JX‖_F / ‖PX‖_F, energy of the mean over that of the rest. x: (B, T, D). Returns a scalar, inf if PX = 0.
+    """ρ = ‖JX‖_F / ‖PX‖_F, energy of the mean over that of the rest. x: (B, T, D). Returns a scalar.
 
-    Of one segment: `rho(x[:, :I])`. Healthy is about 1; in the paper's collapse it rises from 0.65 to 2000.
+    It is inf if PX = 0, and NaN for no tokens. Of one segment: `rho(x[:, :I])`. Healthy is about 1; in the paper's
+    collapse it rises from 0.65 to 2000.
     """
 
     def ratio(x: Tensor) -> Tensor:

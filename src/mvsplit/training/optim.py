@@ -43,7 +43,8 @@ class AdamW:
         lr: peak learning rate. Paper's rule: 1e-3 / (0.2·√width).
         betas: of Adam; null: 0.9 and 0.999.
         eps: of Adam.
-        weight_decay: of 2-D weights only, not of gains, biases or token tables (paper).
+        weight_decay: of 2-D weights only, not of gains, biases or token tables (paper), nor of those that the network
+            names in its attribute `not_decayed`.
         warmup_steps: optimiser steps until the peak.
         schedule: after the warm-up.
         min_lr_ratio: last value of the cosine, as a share of lr.
@@ -85,19 +86,22 @@ class AdamW:
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
 
     def _optimizer(self, network: nn.Module) -> Optimizer:
-        return self._adamw([p for p in network.parameters() if p.requires_grad])
+        return self._adamw({name: p for name, p in network.named_parameters() if p.requires_grad}, network)
 
-    def _adamw(self, trainable: list[nn.Parameter]) -> Optimizer:
-        groups = [
-            {"params": [p for p in trainable if num_dims(p) == 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trainable if num_dims(p) != 2], "weight_decay": 0.0},
+    def _adamw(self, trainable: dict[str, nn.Parameter], network: nn.Module) -> Optimizer:
+        # By name: FSDP2 makes new parameters, without what was noted at the old ones.
+        spared = getattr(network, "not_decayed", ())
+        decayed = {name for name, p in trainable.items() if num_dims(p) == 2 and name not in spared}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for name, p in trainable.items() if name in decayed], "weight_decay": self.weight_decay},
+            {"params": [p for name, p in trainable.items() if name not in decayed], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         # ZeRO-3 has float32 masters of bf16 weights.
-        rounded = any(p.dtype == torch.bfloat16 and not hasattr(p, "ds_shape") for p in trainable)
+        rounded = any(p.dtype == torch.bfloat16 and not hasattr(p, "ds_shape") for p in trainable.values())
         if rounded or self.moments != "float32":
             return LowBitAdamW(groups, self.lr, self._betas(), self.eps, self.moments)
-        kind = LocalAdamW if any(isinstance(p, DTensor) for p in trainable) else torch.optim.AdamW
+        kind = LocalAdamW if any(isinstance(p, DTensor) for p in trainable.values()) else torch.optim.AdamW
         return kind(groups, lr=self.lr, betas=self._betas(), eps=self.eps, foreach=True)
 
     def _betas(self) -> tuple[float, float]:
@@ -146,10 +150,10 @@ class Muon(AdamW):
         ]
         if not groups:
             raise UserError(f"optim = muon: {type(network).__name__} has no matrices in `blocks`; use optim=paper")
-        others = [p for p in network.parameters() if p.requires_grad and p not in matrices]
+        others = {name: p for name, p in network.named_parameters() if p.requires_grad and p not in matrices}
         options: dict[str, Any] = {"momentum": self.momentum, "ns_steps": self.ns_steps}
         muon = PackedMuon(groups, lr=self.lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw", **options)
-        return Together([muon, self._adamw(others)]) if others else muon
+        return Together([muon, self._adamw(others, network)]) if others else muon
 
     def _reapply_own(self, group: dict[str, Any]) -> None:
         if "parts" in group:
