@@ -7,6 +7,7 @@ padded to 256 tokens begin with those of the same caption padded to 40: stored s
 """
 
 import hashlib
+from logging import ERROR, getLogger
 import json
 from typing import Any, Literal
 
@@ -52,6 +53,8 @@ class TextEncoder(nn.Module):
         device: Literal["auto", "cpu"] = "auto",
     ) -> None:
         super().__init__()
+        # Transformers imports torchao if it is there, which logs two lines about PyTorch's registry.
+        getLogger("torch.utils._pytree").setLevel(ERROR)
         try:
             from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Model
             from transformers.utils import logging

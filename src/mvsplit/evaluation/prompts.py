@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvsplit.data.captions import PLACES
 from mvsplit.data.text_encoder import TextEncoder
 from mvsplit.training.saved_run import SavedRun
 from mvsplit.utils.errors import UserError
@@ -20,8 +21,6 @@ MAX_PROMPT = 10_000
 """Characters of a prompt: far more than the encoder reads."""
 MAX_FILE = 64 << 20
 """Bytes of a file of prompts."""
-PLACES = ("path", "revision")
-"""Where an encoder's weights were: they may have been moved."""
 
 
 def read_prompts(given: list[str] | str) -> list[str]:
