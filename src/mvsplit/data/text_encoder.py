@@ -7,8 +7,8 @@ padded to 256 tokens begin with those of the same caption padded to 40: stored s
 """
 
 import hashlib
-from logging import ERROR, getLogger
 import json
+from logging import ERROR, getLogger
 from typing import Any, Literal
 
 import torch
