@@ -26,7 +26,7 @@ class SampleShape:
 
     image_size: Annotated[list[PositiveInt], Len(2, 2)]
     channels: PositiveInt
-    num_classes: NonNegativeInt
+    num_classes: NonNegativeInt  # 0: samples have no class
 
 
 @dataclass
