@@ -50,7 +50,7 @@ def there(option: str, folder: Path) -> list[str]:
 def test_all_groups_of_the_design_are_there() -> None:
     expected = {"data", "model", "residual", "flow", "sampler", "optim", "trainer", "callbacks", "logger", "experiment",
                 "module", "debug", "hparams_search", "extras", "autoencoder", "features", "protocol",
-                "study"}  # fmt: skip
+                "study", "text_encoder"}  # fmt: skip
     assert set(GROUPS) == expected
     named = {group: {option for g, option in OPTIONS if g == group} for group in GROUPS}
     assert named["trainer"] >= {"default", "cpu", "gpu", "ddp", "ddp_sim", "fsdp", "deepspeed", "deepspeed_offload"}
