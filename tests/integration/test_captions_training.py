@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from captioned import TOKENS, WIDTH, captioned_set, encode_captions, text_overrides, train_on_captions
+from captioned import TOKENS, WIDTH, captioned_set, encode_captions, text_overrides, train_on_captions, trained_run
 from comparison import differences, state
 from lightning import Callback
 from small_qwen3 import save_qwen3
@@ -95,6 +95,15 @@ def test_one_config_trains_on_captions(train_captions: Train, root: Path, tmp_pa
     assert f"2. {validation.caption(1)}" in logged
 
 
+def test_a_trained_network_is_read_back_with_its_captions(tmp_path: Path) -> None:
+    from mvsplit.training.saved_run import SavedRun
+
+    checkpoint = trained_run(tmp_path, "trainer.max_steps=2", "data.text=fixed")
+    run = SavedRun(checkpoint, "ema")
+    assert run.network.embedding_width == WIDTH
+    assert Saved(checkpoint).manifest["data"]["text"]["padding"] == "fixed"
+
+
 def test_the_null_condition_is_the_empty_caption(
     train_captions: Train, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +150,20 @@ def test_stopped_and_resumed_is_uninterrupted(
     monkeypatch.setattr(train, "build_each", build_each)
     train_captions(option, "ckpt_path=last", run="cut")
     assert differences(state(tmp_path / "whole"), state(tmp_path / "cut")) == []
+
+
+def test_only_fixed_padding_is_the_same_in_every_division(train_captions: Train, tmp_path: Path) -> None:
+    def distance(padding: str) -> float:
+        found = []
+        for accumulate in (1, 2):
+            options = [f"data.text={padding}", f"trainer.accumulate_grad_batches={accumulate}", "optim.lr=0.02"]
+            more = [f"trainer.val_check_interval={3 * accumulate}", "residual.writer_init=standard"]
+            _, objects = train_captions(*options, *more, run=f"{padding}{accumulate}")
+            found.append(torch.cat([p.detach().flatten() for p in objects["module"].network.parameters()]))
+        return float((found[0] - found[1]).abs().max())
+
+    assert distance("fixed") < 1e-6
+    assert distance("longest") > 1e-4
 
 
 @pytest.mark.slow

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import torch
-from conftest import compose_config
+from conftest import SMALL, compose_config
 from sklearn.datasets import load_digits
 from small_qwen3 import save_qwen3
 from torchvision.io import encode_png
 
 from mvsplit.data.shard_writer import write_shard
+from mvsplit.training.checkpoint_format import newest
 
 TOKENS, WIDTH = 16, 32
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -63,6 +64,18 @@ def captioned_set(root: Path, *overrides: str, classes: bool = True) -> Path:
     qwen3 = save_qwen3(root / "qwen3", WIDTH)
     source = captioned_digits(root / "source", classes=classes)
     return encode_captions(root / "captioned", source, qwen3, *overrides, *([] if classes else ["data.num_classes=0"]))
+
+
+def trained_run(root: Path, *overrides: str) -> Path:
+    """A checkpoint of a few steps on such a set, which is written below `root` first; its run folder is `root/run`."""
+    import train
+
+    captions = train_on_captions(captioned_set(root))
+    paths = [f"paths.data_dir={root}", f"paths.log_dir={root}/logs", f"paths.output_dir={root}/run"]
+    train.train(compose_config(*SMALL, *paths, *captions, *overrides))
+    checkpoint = newest(root / "run" / "checkpoints", verify=True)
+    assert checkpoint is not None
+    return checkpoint
 
 
 def train_on_captions(set_folder: Path, classes: bool = True) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from captioned import CAPTIONS, TOKENS, WIDTH, caption_of, captioned_digits, captioned_set, encode_captions
 from conftest import compose_config
 from data_tools import datamodule, image_folder, picture, tar_of
+from servers import serve
 from transformers import AutoTokenizer, Qwen3Model
 
 import encode
@@ -71,7 +72,7 @@ def manifest(folder: Path, name: str = "train") -> dict[str, Any]:
     return json.loads((folder / f"{name}.manifest.json").read_text())
 
 
-def read(folder: Path, tmp_path: Path, **options: Any) -> ShardDataModule:
+def read(folder: Path | str, tmp_path: Path, **options: Any) -> ShardDataModule:
     data = datamodule(folder, tmp_path / "cache", **{"text": "longest", "val": "val-*.tar"} | options)
     data.prepare_data()
     data.setup()
@@ -290,6 +291,31 @@ def test_the_webdataset_reader_yields_the_same_states(root: Path, tmp_path: Path
     without = next(batches(read(root / "captioned", tmp_path, text=None, **options)))
     assert without["caption"] == batch["caption"]
     assert "condition" not in without
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_windows_read_the_same_states(root: Path, tmp_path: Path, where: str) -> None:
+    whole = read(root / "captioned", tmp_path, window=0, val="val-000000.tar")
+    expected = {int(n): states for n, states in zip(*states_of(whole, 10), strict=True)}
+    with serve(root / "captioned") as server:
+        folder = server.address if where == "remote" else root / "captioned"
+        names = {"train": "train-{000000..000001}.tar", "val": "val-{000000..000000}.tar"}
+        data = read(folder, tmp_path / where, window=1, text="fixed", **names)
+        numbers, states = states_of(data, 10)
+        data.source.close()
+    assert len(numbers) == 40
+    for number, mine in zip(numbers, states, strict=True):
+        theirs = expected[(number >> 32) * 20 + number % 2**32]  # shards of 20 samples
+        assert torch.equal(mine[: len(theirs)], theirs)
+
+
+def states_of(data: ShardDataModule, count: int) -> tuple[list[int], list[torch.Tensor]]:
+    numbers, states, stream = list[int](), list[torch.Tensor](), batches(data)
+    for _ in range(count):
+        batch = next(stream)
+        numbers += batch["index"].tolist()
+        states += list(batch["condition"])
+    return numbers, states
 
 
 HOSTILE: dict[str, Callable[[], bytes]] = {
