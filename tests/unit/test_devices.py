@@ -84,7 +84,7 @@ def test_pictures_are_drawn_on_the_strategys_device() -> None:
     module = FlowModule(Table, Flow(), AdamW(), Sampler())
     module.network = Table()
     drawn: list[Tensor] = []
-    module.sampler = SimpleNamespace(sample=lambda net, condition, noise, shift: drawn.append(noise))  # type: ignore
+    module.sampler = SimpleNamespace(sample=lambda net, condition, noise, shift, null: drawn.append(noise))  # type: ignore
     index = torch.arange(2, device=META)
     module.sample(index, index)
     assert drawn[0].device == META

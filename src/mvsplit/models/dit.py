@@ -174,6 +174,10 @@ class PatchTransformer(nn.Module):
         """Raise `ValueError` for sizes that do not fit; called on the composed config before anything is built."""
         check_sizes(image_size, patch_size, width, num_heads, compile)
         KernelChoice.check(kernels, width)
+        if max(image_size) > MAX_SIDE * patch_size:
+            raise UserError(
+                f"model.image_size = {list(image_size)}: at most {MAX_SIDE} patches of {patch_size} are allowed a side"
+            )
         if (head_dim := width // num_heads) % 4:
             raise ValueError(f"model.num_heads = {num_heads}: width / num_heads = {head_dim} must be divisible by 4")
 
