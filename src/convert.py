@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Len
+from hydra import compose
 from omegaconf import DictConfig
 from pydantic import PositiveInt, StringConstraints
 
 from mvsplit.data.folders import RESOLVERS
 from mvsplit.training.settings import Paths
 from mvsplit.utils import entry
-from mvsplit.utils.config import to_checked
+from mvsplit.utils.config import to_checked, to_plain
 from mvsplit.utils.console import show_table
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.run_dirs import find_checkpoint
@@ -96,12 +97,13 @@ def sources_of(config: dict[str, Any], single: bool) -> "tuple[Path, Mapping[str
         config: the checked config.
         single: only the first of `weights`.
     """
-    from mvsplit.python import compose
     from mvsplit.training.release_layout import open_release
     from mvsplit.training.weight_sources import open_sources
 
     if config["release"] is not None:
-        path, base = Path(config["release"]), compose(*RELEASED)
+        cfg = compose("train.yaml", list(RELEASED))
+        cfg.paths = config["paths"]
+        base, path = to_plain(cfg), Path(config["release"])
         return path, {"": open_release(path, config["num_heads"], base, base["data"]["image_size"])}
     path = find_checkpoint(config["ckpt_path"], config["paths"]["log_dir"])
     return path, open_sources(path, config["weights"][:1] if single else config["weights"])

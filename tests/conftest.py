@@ -60,6 +60,15 @@ def compose_config(*overrides: str, name: str = "train.yaml") -> DictConfig:
         return compose(name, overrides=list(overrides))
 
 
+def convert_here(*overrides: str) -> Path:
+    """`python src/convert.py …` in this process."""
+    import convert
+
+    register_resolvers(RESOLVERS)
+    with initialize_config_dir(version_base="1.3", config_dir=str(PROJECT_ROOT / "configs")):
+        return convert.main(compose("convert.yaml", overrides=list(overrides)))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test marked `apart` in a fork.

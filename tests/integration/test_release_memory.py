@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 import torch
 import convert
-from conftest import compose_config
+from conftest import convert_here
 from mvsplit.training.release_layout import open_release
 from mvsplit.training.saved_run import SavedRun
 
@@ -32,7 +32,7 @@ def measured(name, work):
     print(json.dumps({"name": name, "peak": memory("VmHWM") - before, "seconds": time.monotonic() - begun}))
 
 def run(*overrides):
-    return convert.main(compose_config("paths.output_dir=/x", *overrides, name="convert.yaml"))
+    return convert_here("paths.output_dir=/x", *overrides)
 
 folder, networks = Path(sys.argv[3]), []
 run(f"release={folder}/small.pt", "num_heads=2", f"output={folder}/small.safetensors")  # imports what is needed
@@ -76,7 +76,7 @@ def test_three_gigabytes_are_converted_tensor_by_tensor_and_loaded_once(tmp_path
     assert weights > 3 * GB
     found = measure(tmp_path, "convert", "load")
     assert found["convert"]["peak"] < 0.3 * GB
-    assert weights < found["load"]["peak"] < weights + 0.3 * GB
+    assert weights - 0.1 * GB < found["load"]["peak"] < weights + 0.3 * GB  # the conversion may have left room
     (tmp_path / "model.pt").unlink()
     assert measure(tmp_path, "export")["export"]["peak"] < 0.3 * GB
 

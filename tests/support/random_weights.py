@@ -15,8 +15,14 @@ from mvsplit.training.saved_run import parameters_on_meta
 from mvsplit.utils.config import build
 
 
-def save(config: dict[str, Any], run: Path, scale: dict[str, float], draw: Callable[..., Tensor] = torch.randn) -> Path:
-    """A checkpoint of drawn weights, in each kind times its scale."""
+def save(
+    config: dict[str, Any],
+    run: Path,
+    scale: dict[str, float],
+    draw: Callable[..., Tensor] = torch.randn,
+    data: dict[str, Any] | None = None,
+) -> Path:
+    """A checkpoint of drawn weights, in each kind times its scale; `data` is what the data module recorded."""
     torch.manual_seed(3)
     with parameters_on_meta():
         network = build(config["model"])()
@@ -27,7 +33,8 @@ def save(config: dict[str, Any], run: Path, scale: dict[str, float], draw: Calla
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     path = run / "checkpoints" / "last-00000005.ckpt"
     path.parent.mkdir()
-    CheckpointWriter(path, {"global_step": 5}, tensors).run()
+    state = {"global_step": 5} | ({"TheDataModule": data} if data else {})
+    CheckpointWriter(path, state, tensors).run()
     return path
 
 

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import PROJECT_ROOT, compose_config
+from conftest import PROJECT_ROOT, convert_here
 from omegaconf import DictConfig
 from random_weights import random_run
 from reference_dit import ReferenceDiT, save_release
 from safetensors.torch import load_file, save_file
 
-import convert
 from mvsplit.training.hub_folder import CARD, INDEX, WHOLE
 from mvsplit.training.saved_run import SavedRun
 from mvsplit.training.tensor_files import MAX_HEADER
@@ -33,7 +32,7 @@ SHARDED = "shard_gb=0.0001"
 def run(tmp_path: Path, *overrides: str) -> Path:
     """`python src/convert.py hub=true license=mit …` in this process."""
     paths = [f"paths.output_dir={tmp_path}", f"output={tmp_path}/hub", "hub=true", "license=mit"]
-    return convert.main(compose_config(*paths, *overrides, name="convert.yaml"))
+    return convert_here(*paths, *overrides)
 
 
 @pytest.fixture
@@ -53,15 +52,16 @@ from pathlib import Path
 import mvsplit
 from mvsplit.training.saved_run import SavedRun
 assert Path(mvsplit.__file__).is_relative_to(sys.argv[1]), mvsplit.__file__
-saved = SavedRun(Path(sys.argv[2]), "ema")
-with torch.no_grad():
-    v = saved.network(torch.ones(2, 1, 8, 8), torch.full((2,), 0.3), torch.tensor([3, 7]))
-torch.save(v, sys.argv[3])
+for name in ("whole", "sharded"):
+    saved = SavedRun(Path(sys.argv[2], name), "ema")
+    with torch.no_grad():
+        v = saved.network(torch.ones(2, 1, 8, 8), torch.full((2,), 0.3), torch.tensor([3, 7]))
+    torch.save(v, Path(sys.argv[2], name, "v.pt"))
 """
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_folder_of_one_project_is_loaded_by_another(folder: Path, tmp_path: Path, sharded: bool) -> None:
+def test_a_folder_has_the_hubs_files(folder: Path, tmp_path: Path, sharded: bool) -> None:
     hub = run(tmp_path, f"ckpt_path={folder}", *([SHARDED] if sharded else []))
     files = sorted(path.name for path in hub.iterdir())
     parts = [name for name in files if name.startswith("model-")]
@@ -76,17 +76,26 @@ def test_a_folder_of_one_project_is_loaded_by_another(folder: Path, tmp_path: Pa
             value.nbytes for name in parts for value in load_file(hub / name).values()
         )
         assert all((hub / name).stat().st_size < 110_000 for name in parts)
-    fork, moved = tmp_path / "fork", tmp_path / "elsewhere" / "model"
-    shutil.copytree(PROJECT_ROOT / "src", fork / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    moved.parent.mkdir()
-    shutil.move(hub, moved)
     expected = velocity(SavedRun(find_checkpoint(str(folder), ""), "ema"))
-    environment = os.environ | {"PYTHONPATH": str(fork / "src")}
+    assert torch.equal(velocity(SavedRun(hub, "ema")), expected)
+
+
+@pytest.mark.slow
+def test_a_folder_of_one_project_is_loaded_by_another(folder: Path, tmp_path: Path) -> None:
+    """By a copy of the source elsewhere, when the first project's run is gone."""
+    elsewhere, fork = tmp_path / "elsewhere", tmp_path / "fork"
+    elsewhere.mkdir()
+    for name, options in {"whole": [], "sharded": [SHARDED]}.items():
+        run(tmp_path, f"ckpt_path={folder}", *options).rename(elsewhere / name)
+    expected = velocity(SavedRun(find_checkpoint(str(folder), ""), "ema"))
     shutil.rmtree(folder)
-    command = [sys.executable, "-c", LOADED, str(fork), str(moved), str(tmp_path / "v.pt")]
+    shutil.copytree(PROJECT_ROOT / "src", fork / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(fork / "src")}
+    command = [sys.executable, "-c", LOADED, str(fork), str(elsewhere)]
     done = subprocess.run(command, env=environment, cwd=fork, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "v.pt", weights_only=True), expected)
+    for name in ("whole", "sharded"):
+        assert torch.equal(torch.load(elsewhere / name / "v.pt", weights_only=True), expected)
 
 
 def test_a_folder_is_a_checkpoint_like_any_other(folder: Path, tmp_path: Path) -> None:
@@ -99,9 +108,7 @@ def test_a_folder_is_a_checkpoint_like_any_other(folder: Path, tmp_path: Path) -
     assert saved.run_config == saved.config  # nothing of another machine
     with pytest.raises(UserError, match=r"weights = raw: .* does not contain them; use ema"):
         SavedRun(hub, "raw")
-    out = convert.main(
-        compose_config(f"paths.output_dir={tmp_path}", f"ckpt_path={hub}", "weights=[ema]", name="convert.yaml")
-    )
+    out = convert_here(f"paths.output_dir={tmp_path}", f"ckpt_path={hub}", "weights=[ema]")
     assert torch.equal(velocity(SavedRun(out, "ema")), velocity(SavedRun(hub, "ema")))
     whole = run(tmp_path, f"ckpt_path={folder}", "weights=[raw]", f"output={tmp_path}/raw")
     assert torch.equal(velocity(SavedRun(whole, "raw")), velocity(SavedRun(whole / WHOLE, "raw")))
@@ -150,7 +157,9 @@ def test_a_release_becomes_a_folder_for_prompts(tmp_path: Path) -> None:
     card = (hub / CARD).read_text()
     for text in ("pipeline_tag: text-to-image", 'sample(prompts=["a corgi', "'prompts=[\"a corgi", "Qwen3", "bfloat16"):
         assert text in card
-    assert "| steps |" not in card  # a release does not record them
+    for text in ("| steps |", "optim", "averaged", "set |"):  # a release does not record them
+        assert text not in card
+    assert "| flow.time_shift | 4.0 |" in card
 
 
 def edited(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:

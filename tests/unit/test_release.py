@@ -1,5 +1,6 @@
 """The paper's released weights: read, computed with, and written back; whatever else is in such a file is refused."""
 
+import functools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_tools import Canary, claimed, deflated
-from conftest import compose_config
+from conftest import compose_config, convert_here
 from random_weights import random_run
 from reference_dit import ReferenceDiT, euler, release_state, save_release, save_sparse
 from torch import Tensor, nn
 
-import convert
+from convert import RELEASED
 from mvsplit.flow.sampler import Sampler
+from mvsplit.python import compose
 from mvsplit.training.release_file import ReleaseFile, write_release
+from mvsplit.training.release_layout import open_release
 from mvsplit.training.saved_run import SavedRun
 from mvsplit.training.tensor_files import Stored
 from mvsplit.utils.config import to_plain
@@ -24,7 +27,12 @@ from mvsplit.utils.errors import UserError
 
 def run(tmp_path: Path, *overrides: str) -> Path:
     """`python src/convert.py …` in this process."""
-    return convert.main(compose_config(f"paths.output_dir={tmp_path}", *overrides, name="convert.yaml"))
+    return convert_here(f"paths.output_dir={tmp_path}", *overrides)
+
+
+@functools.cache
+def base() -> dict[str, Any]:
+    return compose(*RELEASED)
 
 
 def reference(**sizes: int) -> ReferenceDiT:
@@ -193,9 +201,16 @@ def test_what_is_not_the_release_is_named_in_one_line(tmp_path: Path, name: str)
     change, message = WRONG[name]
     torch.save(change(release_state(reference(depth=2))), tmp_path / "model.pt")
     with pytest.raises(UserError, match=f"^release = .*{message}") as found:
-        run(tmp_path, f"release={tmp_path}/model.pt", "num_heads=2")
+        open_release(tmp_path / "model.pt", 2, base(), [16, 16]).verify()
     assert "\n" not in str(found.value)
-    assert not list(tmp_path.glob("*.safetensors*"))
+
+
+def test_nothing_is_written_of_a_release_that_is_refused(tmp_path: Path) -> None:
+    change, message = WRONG["no ones"]
+    torch.save(change(release_state(reference(depth=1))), tmp_path / "model.pt")
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, f"release={tmp_path}/model.pt", "num_heads=2")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
 @pytest.mark.parametrize(

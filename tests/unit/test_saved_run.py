@@ -1,6 +1,7 @@
 """A saved network: the same as if it were built and filled, in memory for one copy of the weights that are used."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import torch
 import yaml
 from omegaconf import DictConfig
 from random_weights import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mvsplit.training.checkpoint_format import COMPLETE, MANIFEST, Saved, Tensors
 from mvsplit.training.checkpoints import NETWORK
 from mvsplit.training.conversion import convert
 from mvsplit.training.saved_run import SavedRun, parameters_on_meta
+from mvsplit.training.tensor_files import BUFFER, SafetensorsFile
 from mvsplit.utils.config import build, to_plain
 from mvsplit.utils.errors import UserError
 
@@ -74,6 +77,53 @@ def test_a_converted_file_is_computed_with_in_float32(saved: Path, tmp_path: Pat
     before = velocity(network)
     file.write_bytes(bytes(file.stat().st_size))  # in place
     assert torch.equal(velocity(network), before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_weights_are_loaded_in_the_requested_precision(saved: Path, tmp_path: Path, precision: Any) -> None:
+    """Rounded once, from a checkpoint and from a file."""
+    file, dtype = tmp_path / "model.safetensors", getattr(torch, precision)
+    convert(saved, file, ["ema", "raw"], None)
+    for path in (saved, file):
+        network = SavedRun(path, "raw", precision).network
+        for name, value in filled(saved, "raw").named_parameters():
+            found = network.get_parameter(name)
+            assert found.dtype == dtype
+            assert torch.equal(found, value.to(dtype))
+
+
+def test_large_tensors_are_converted_in_parts(tmp_path: Path) -> None:
+    """Of more values than the buffer takes, and not a multiple of it."""
+    values = torch.randn(2 * (BUFFER // 4) + 37, generator=torch.Generator().manual_seed(0))
+    save_file({"first": torch.zeros(3), "x": values}, tmp_path / "a.safetensors")
+    file = SafetensorsFile(tmp_path / "a.safetensors")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert torch.equal(file.read(file.tensors["x"], dtype), values.to(dtype))
+    os.truncate(tmp_path / "a.safetensors", (tmp_path / "a.safetensors").stat().st_size - 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(UserError, match="damaged, it ends at byte"):
+            file.read(file.tensors["x"], dtype)
+
+
+TEXT = {"encoder": {"name": "Qwen3", "width": 8}, "padding": "fixed"}
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [(TEXT, True), (None, True), ([], False), (TEXT | {"padding": "none"}, False), (TEXT | {"encoder": None}, False),
+     (TEXT | {"encoder": {"name": "x" * 20_000}}, False)],
+)  # fmt: skip
+def test_the_record_of_the_text_encoder_is_carried_on(
+    config: Callable[..., DictConfig], tmp_path: Path, text: Any, valid: bool
+) -> None:
+    path = save(to_plain(config()), tmp_path, {"weights": 0.1}, data={"samples": 1, "text": text})
+    convert(path, tmp_path / "model.safetensors", ["raw"], None)
+    for one in (path, tmp_path / "model.safetensors"):
+        if valid:
+            assert SavedRun(one, "raw").text == text
+        else:
+            with pytest.raises(UserError, match="its record of the text encoder is not valid"):
+                SavedRun(one, "raw")
 
 
 def test_only_what_is_used_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

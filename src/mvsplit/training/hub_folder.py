@@ -122,6 +122,7 @@ def write_hub_folder(
         for name, part in zip(names, parts, strict=True):
             header = metadata if len(parts) == 1 else {}
             write_safetensors(partial / name, part, islice(values, len(part)), header | {"format": "pt"})
+        next(values, None)  # ends its progress bar
         if len(parts) > 1:
             index = {
                 "metadata": {"total_size": sum(map(_bytes, sizes.values()))},

@@ -49,12 +49,13 @@ def model_card(
     ]
     model = source.config["model"]
     what = "captions" if captions else "classes"
+    which = f"{'trained' if raw else 'averaged'} weights, " if source.step else ""  # not recorded in a release
     return "\n".join(
         [
             *front,
             f"# {title}",
             f"\nA diffusion transformer conditioned on {what}: {count:,} parameters"
-            f" ({', '.join(types)}), {'trained' if raw else 'averaged'} weights, written by mvsplit {__version__}.",
+            f" ({', '.join(types)}), {which}written by mvsplit {__version__}.",
             *_table("Network", _words(model, "model") | _words(model.get("residual"), "residual")),
             *_table("Data", _data(source)),
             *_table("Training", _training(source)),
@@ -82,6 +83,8 @@ def _data(source: Source) -> dict[str, str]:
 def _training(source: Source) -> dict[str, str]:
     config = source.config
     rows = {"steps": f"{source.step:,}"} if source.step else {}
+    if "optim" not in config:  # only the portable part is known; the rest of it is not used by samplers
+        return rows | _words(config["flow"], "flow", ("time_shift",))
     rows |= _words(config["flow"], "flow") | _words(config["flow"].get("times"), "flow.times")
     rows |= _words(config.get("optim"), "optim") | _words(config["data"], "data", ("batch_size",))
     rows |= _words(config.get("trainer"), "trainer", ("max_steps", "precision", "gradient_clip_val"))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mvsplit.training.checkpoints import check_fits
 from mvsplit.training.release_file import ReleaseFile
+from mvsplit.training.saved_config import portable
 from mvsplit.training.weight_sources import Source
 from mvsplit.utils.errors import UserError
 
@@ -157,7 +158,7 @@ def sizes_of(shapes: Mapping[str, Shape], num_heads: int | None, where: str) -> 
     return Sizes(len(numbers), width, hidden, channels, patch_size, embedding_width, heads)
 
 
-def open_release(path: Path, num_heads: int | None, base: Mapping[str, Any], image_size: list[int]) -> Source:
+def open_release(path: Path, num_heads: int | None, base: dict[str, Any], image_size: list[int]) -> Source:
     """Released weights, as if this project had trained them. Only their names, types and shapes are read.
 
     Args:
@@ -199,9 +200,9 @@ def open_release(path: Path, num_heads: int | None, base: Mapping[str, Any], ima
     return Source(
         step=0,  # not recorded in a release
         config={
-            **base,
+            **portable(base),
             "model": sizes.model(base["model"]) | {"image_size": image_size},
-            "data": base["data"] | {"image_size": image_size, "channels": sizes.channels, "num_classes": 0},
+            "data": {"image_size": image_size, "channels": sizes.channels, "num_classes": 0},
         },
         latents=LATENTS,
         text={"encoder": encoder, "padding": "longest"},
