@@ -11,6 +11,7 @@ from mvsplit.training.optim import AdamW
 from mvsplit.training.saved_run import SavedRun
 from mvsplit.utils.config import build, check_config
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.run_dirs import is_hub_folder
 
 
 @dataclass
@@ -55,7 +56,9 @@ class OwnAutoencoder:
 
 def is_own(saved: SavedRun, log_dir: str) -> bool:
     """Whether it is a run of this log folder, whose config was made by commands on this machine."""
-    return not saved.path.is_file() and saved.path.is_relative_to(Path(log_dir).resolve())
+    if saved.path.is_file() or is_hub_folder(saved.path):
+        return False
+    return saved.path.is_relative_to(Path(log_dir).resolve())
 
 
 def decoder_of(saved: SavedRun, given: dict[str, Any] | None, log_dir: str) -> LatentDecoder | None:
