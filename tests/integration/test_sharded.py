@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from captioned import captioned_set, train_on_captions
 from conftest import SUPPORT, compose_config
 from sharded_worker import AT
 from torch import Tensor
 
-from mvsplit.flow.objective import velocity_loss
+from mvsplit.flow.objective import drop_condition, velocity_loss
 from mvsplit.stability.tables import read_table
+from mvsplit.training.module import condition_of
 from mvsplit.utils.config import build, to_plain
 
 WORKER = SUPPORT / "sharded_worker.py"
@@ -79,7 +81,7 @@ def average(module: Any, records: list[dict[str, Any]], step: int, accumulate: i
             batch = record["batches"][micro]
             module.zero_grad()
             x1, t, mask = module.flow.draw(module.seed, batch["position"], batch["image"])
-            condition = module.network.drop(batch["label"], mask)
+            condition = drop_condition(module.network, condition_of(batch), mask, batch.get("null_condition"))
             (velocity_loss(module.network, batch["image"], x1, t, condition).mean() / accumulate).backward()
             of_ranks.append({name: p.grad.clone() for name, p in module.network.named_parameters()})
         for name in of_ranks[0]:
@@ -136,6 +138,21 @@ def test_compiled_and_recomputed_blocks_train_alike(worker: Worker, strategy: st
     options = ["model.compile=true", "model.checkpointing.every=1", f"trainer={strategy}"]
     records = worker("train", *SMALL, *options)
     alone = built(*SMALL, "model.compile=false")
+    train_alone(alone, records, 1)
+    close(records[0]["final"], weights(alone), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_captions_of_any_length_train_alike(worker: Worker, tmp_path: Path, compile: bool) -> None:
+    """Ranks have micro-batches of different lengths, and a rank's length changes from step to step."""
+    options = [*SMALL, *train_on_captions(captioned_set(tmp_path / "set")), "model.checkpointing.every=1",
+               "residual.eps=1e-5"]  # fmt: skip
+    records = worker("train", *options, f"model.compile={str(compile).lower()}", "trainer=deepspeed")
+    lengths = [[batch["condition"].shape[1] for batch in record["batches"]] for record in records]
+    assert all(len(set(of_rank)) > 1 for of_rank in lengths)
+    assert any(left != right for left, right in zip(*lengths, strict=True))
+    alone = built(*options, "model.compile=false")
     train_alone(alone, records, 1)
     close(records[0]["final"], weights(alone), 1e-4)
 

@@ -73,7 +73,8 @@ class Recorder(Callback):
         self.record["initial"] = self.weights(module)
 
     def on_train_batch_start(self, trainer: Trainer, module: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        self.record["batches"].append({key: batch[key].clone() for key in ("image", "label", "position")})
+        kept = ("image", "label", "position", "condition", "null_condition")
+        self.record["batches"].append({key: batch[key].clone() for key in kept if key in batch})
         if batch_idx == at(trainer) * trainer.accumulate_grad_batches:
             self.record["weights"] = self.weights(module)
 
