@@ -162,6 +162,21 @@ def test_compiled_and_recomputed_blocks_train_alike(worker: Worker, strategy: st
     close(records[0]["final"], weights(alone), 1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_captions_of_any_length_train_alike(worker: Worker, tmp_path: Path, compile: bool) -> None:
+    """Ranks have micro-batches of different lengths, and a rank's length changes from step to step."""
+    options = [*SMALL, *train_on_captions(captioned_set(tmp_path / "set")), "model.checkpointing.every=1",
+               "residual.eps=1e-5"]  # fmt: skip
+    records = worker("train", *options, f"model.compile={str(compile).lower()}", "trainer=deepspeed")
+    lengths = [[batch["condition"].shape[1] for batch in record["batches"]] for record in records]
+    assert all(len(set(of_rank)) > 1 for of_rank in lengths)
+    assert any(left != right for left, right in zip(*lengths, strict=True))
+    alone = built(*options, "model.compile=false")
+    train_alone(alone, records, 1)
+    close(records[0]["final"], weights(alone), 1e-4)
+
+
 # Without memory, and with an ε that makes Adam's step nearly the gradient: what bf16 does to one shows in the other.
 DEEP = ["model=tiny", "model.depth=200", "model.width=64", "model.num_heads=4", "data.batch_size=8",
         "data.num_workers=0", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.gradient_clip_val=0.1",
