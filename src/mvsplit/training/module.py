@@ -28,7 +28,7 @@ def condition_of(batch: Batch) -> Tensor:
     return batch["condition"] if "condition" in batch else batch["label"]
 
 
-def check_conditions(network: nn.Module, data: Any) -> None:
+def check_trainable(network: nn.Module, data: Any) -> None:
     """Check that the data have what the network is conditioned on.
 
     Raises:
@@ -90,7 +90,7 @@ class FlowModule(NetworkModule):
     def configure_model(self) -> None:
         super().configure_model()
         if self._trainer is not None:
-            check_conditions(self.network, self.trainer.datamodule)
+            check_trainable(self.network, self.trainer.datamodule)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x0 = batch["image"]
