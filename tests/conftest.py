@@ -133,3 +133,13 @@ def run_script(script: Callable[..., list[str]], tmp_path: Path) -> Callable[...
         return warm.run(script(name, *overrides), tmp_path, 240)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def captions_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `qwen3`, `source` and `captioned`: digits whose captions a small Qwen3 has encoded."""
+    from captioned import captioned_set
+
+    folder = tmp_path_factory.mktemp("captions")
+    captioned_set(folder)
+    return folder

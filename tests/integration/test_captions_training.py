@@ -24,17 +24,12 @@ from mvsplit.utils.errors import UserError
 Train = Callable[..., tuple[dict[str, float], dict[str, Any]]]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("captions")
-    captioned_set(folder)
-    return folder
-
-
 @pytest.fixture
-def train_captions(train_here: Train, root: Path) -> Train:
+def train_captions(train_here: Train, captions_root: Path) -> Train:
     """`train_here` on the captioned set."""
-    return lambda *overrides, run="run": train_here(*train_on_captions(root / "captioned"), *overrides, run=run)
+    return lambda *overrides, run="run": train_here(
+        *train_on_captions(captions_root / "captioned"), *overrides, run=run
+    )
 
 
 class Seen(Callback):
@@ -77,12 +72,12 @@ def texts(folder: Path) -> dict[str, str]:
     }
 
 
-def test_one_config_trains_on_captions(train_captions: Train, root: Path, tmp_path: Path) -> None:
+def test_one_config_trains_on_captions(train_captions: Train, captions_root: Path, tmp_path: Path) -> None:
     metrics, objects = train_captions("optim.lr=1.0e-3")
     assert 0.1 < metrics["val/loss"] < 3
     checkpoint = newest(tmp_path / "run" / "checkpoints", verify=True)
     assert checkpoint is not None
-    about = json.loads((root / "captioned" / "train.manifest.json").read_text())["text"]["encoder"]
+    about = json.loads((captions_root / "captioned" / "train.manifest.json").read_text())["text"]["encoder"]
     assert Saved(checkpoint).manifest["data"]["text"] == {"encoder": about, "padding": "longest"}
     grid = objects["callbacks"][[type(c).__name__ for c in objects["callbacks"]].index("SampleGrid")]
     validation = objects["datamodule"].reader("val")
@@ -105,12 +100,12 @@ def test_a_trained_network_is_read_back_with_its_captions(tmp_path: Path) -> Non
 
 
 def test_the_null_condition_is_the_empty_caption(
-    train_captions: Train, root: Path, monkeypatch: pytest.MonkeyPatch
+    train_captions: Train, captions_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch(monkeypatch, seen := Seen())
     train_captions("flow.label_dropout=0.4", "callbacks.monitor=null", "trainer.val_check_interval=6")
-    tokenizer = AutoTokenizer.from_pretrained(root / "qwen3")
-    model = Qwen3Model.from_pretrained(root / "qwen3", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(captions_root / "qwen3")
+    model = Qwen3Model.from_pretrained(captions_root / "qwen3", dtype=torch.float32).eval()
     lengths, dropped = [], 0
     for batch, condition in zip(seen.batches, seen.conditions, strict=True):
         tokens = tokenizer([*batch["caption"], ""], padding="longest", truncation=True, max_length=TOKENS,
@@ -167,8 +162,10 @@ def test_only_fixed_padding_is_the_same_in_every_division(train_captions: Train,
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_uninterrupted(script: Callable[..., list[str]], root: Path, tmp_path: Path) -> None:
-    options = [*train_on_captions(root / "captioned"), "trainer.max_steps=12"]
+def test_killed_and_resumed_is_uninterrupted(
+    script: Callable[..., list[str]], captions_root: Path, tmp_path: Path
+) -> None:
+    options = [*train_on_captions(captions_root / "captioned"), "trainer.max_steps=12"]
     whole = script("train.py", *options, f"paths.output_dir={tmp_path}/whole")
     assert subprocess.run(whole, cwd=tmp_path, check=False).returncode == 0
     command = script("train.py", *options, f"paths.output_dir={tmp_path}/cut")
@@ -182,12 +179,12 @@ def test_killed_and_resumed_is_uninterrupted(script: Callable[..., list[str]], r
     assert differences(state(tmp_path / "whole"), state(tmp_path / "cut")) == []
 
 
-def test_resuming_with_other_captions_is_refused(train_captions: Train, root: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_captions_is_refused(train_captions: Train, captions_root: Path, tmp_path: Path) -> None:
     train_captions("trainer.max_steps=2")
     with pytest.raises(UserError, match=r"^data\.text = fixed: the checkpoint was trained with longest; resume with"):
         train_captions("data.text=fixed", "ckpt_path=last")
     # The same captions by another encoder are another set already; here only the record differs.
-    other = Path(shutil.copytree(root / "captioned", tmp_path / "other"))
+    other = Path(shutil.copytree(captions_root / "captioned", tmp_path / "other"))
     for name in ("train", "val"):
         path = other / f"{name}.manifest.json"
         about = json.loads(path.read_text())
@@ -196,7 +193,7 @@ def test_resuming_with_other_captions_is_refused(train_captions: Train, root: Pa
     with pytest.raises(UserError, match=r"^data\.folder: its captions were encoded with weights = 0{16}, those that"):
         train_captions(f"data.folder={other}", "ckpt_path=last")
     qwen3 = save_qwen3(tmp_path / "qwen3", WIDTH, seed=1)
-    another = encode_captions(tmp_path / "another", root / "source", qwen3)
+    another = encode_captions(tmp_path / "another", captions_root / "source", qwen3)
     with pytest.raises(UserError, match="the checkpoint was trained on other samples"):
         train_captions(f"data.folder={another}", "ckpt_path=last")
 
@@ -213,8 +210,10 @@ def test_resuming_with_other_captions_is_refused(train_captions: Train, root: Pa
         ),
     ],
 )
-def test_captions_and_network_must_fit(train_here: Train, root: Path, overrides: list[str], message: str) -> None:
-    given = train_on_captions(root / "captioned")
+def test_captions_and_network_must_fit(
+    train_here: Train, captions_root: Path, overrides: list[str], message: str
+) -> None:
+    given = train_on_captions(captions_root / "captioned")
     if overrides[0].startswith("model=") or overrides[0].startswith("model/"):
         given = given[:1]
     with pytest.raises(UserError, match=rf"^{message}[^\n]*$"):
@@ -254,20 +253,20 @@ def test_metrics_are_of_the_validation_captions(train_captions: Train, monkeypat
         assert torch.equal(conditions[i], reader.read(0, i % 12)["condition"])
 
 
-def test_a_table_of_class_names_trains(train_here: Train, root: Path, tmp_path: Path) -> None:
+def test_a_table_of_class_names_trains(train_here: Train, captions_root: Path, tmp_path: Path) -> None:
     from conftest import compose_config
 
     import encode
 
     (tmp_path / "names.txt").write_text("\n".join(f"the digit {i}" for i in range(10)))
-    where = text_overrides(tmp_path / "table.safetensors", root / "source", root / "qwen3")
+    where = text_overrides(tmp_path / "table.safetensors", captions_root / "source", captions_root / "qwen3")
     encode.encode(compose_config(*where, f"captions={tmp_path}/names.txt", name="encode.yaml"))
     table = ["model/context=caption_table", f"model.context.embeddings={tmp_path}/table.safetensors"]
     metrics, _ = train_here(*table, "trainer.max_steps=2")
     assert 0.1 < metrics["test/loss"] < 3
     (tmp_path / "few").mkdir()
     (tmp_path / "names.txt").write_text("zero\none")
-    few = text_overrides(tmp_path / "few.safetensors", root / "source", root / "qwen3")
+    few = text_overrides(tmp_path / "few.safetensors", captions_root / "source", captions_root / "qwen3")
     encode.encode(compose_config(*few, f"captions={tmp_path}/names.txt", name="encode.yaml"))
     with pytest.raises(UserError, match=r"^model\.context: has 2 classes; must be at least data\.num_classes = 10$"):
         train_here(table[0], f"model.context.embeddings={tmp_path}/few.safetensors", run="few")
@@ -275,10 +274,12 @@ def test_a_table_of_class_names_trains(train_here: Train, root: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_commands_from_captions_to_a_trained_network(
-    run_script: Callable[..., subprocess.CompletedProcess[str]], root: Path, tmp_path: Path
+    run_script: Callable[..., subprocess.CompletedProcess[str]], captions_root: Path, tmp_path: Path
 ) -> None:
     """Offline, as a user runs them."""
-    encoded = run_script("encode.py", *text_overrides(tmp_path / "set", root / "source", root / "qwen3"))
+    encoded = run_script(
+        "encode.py", *text_overrides(tmp_path / "set", captions_root / "source", captions_root / "qwen3")
+    )
     assert encoded.returncode == 0, encoded.stderr
     assert "states of 52 captions: 16 tokens of width 32 each" in encoded.stdout
     command = [*train_on_captions(tmp_path / "set"), f"paths.output_dir={tmp_path}/run"]

@@ -38,9 +38,9 @@ def save(
     return path
 
 
-def random_run(config: dict[str, Any], tmp_path: Path) -> Path:
-    """Folder of a run of random weights, in the log folder."""
+def random_run(config: dict[str, Any], tmp_path: Path, data: dict[str, Any] | None = None) -> Path:
+    """Folder of a run of random weights, in the log folder; `data` as above."""
     folder = tmp_path / "logs" / "train" / "runs" / "a"
     folder.mkdir(parents=True)
-    save(config, folder, {"weights": 0.1, "ema": 0.2})
+    save(config, folder, {"weights": 0.1, "ema": 0.2}, data=data)
     return folder

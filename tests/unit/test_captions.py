@@ -11,7 +11,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from captioned import CAPTIONS, TOKENS, WIDTH, caption_of, captioned_digits, captioned_set, encode_captions
+from captioned import CAPTIONS, TOKENS, WIDTH, caption_of, captioned_digits, encode_captions
 from conftest import compose_config
 from data_tools import datamodule, image_folder, picture, tar_of
 from servers import serve
@@ -28,18 +28,10 @@ from mvsplit.training import settings
 from mvsplit.utils.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `qwen3`, `source` and `captioned`."""
-    folder = tmp_path_factory.mktemp("captions")
-    captioned_set(folder)
-    return folder
-
-
 @pytest.fixture
-def copied(root: Path, tmp_path: Path) -> Path:
+def copied(captions_root: Path, tmp_path: Path) -> Path:
     """The captioned set, for tests that damage it."""
-    return Path(shutil.copytree(root / "captioned", tmp_path / "set"))
+    return Path(shutil.copytree(captions_root / "captioned", tmp_path / "set"))
 
 
 def transformers_states(qwen3: Path, captions: list[str], padding: str) -> torch.Tensor:
@@ -82,8 +74,8 @@ def read(folder: Path | str, tmp_path: Path, **options: Any) -> ShardDataModule:
 # ---------------------------------------------------------------- encoding
 
 
-def test_what_is_stored_is_what_transformers_computes(root: Path) -> None:
-    stored = members(root / "captioned")
+def test_what_is_stored_is_what_transformers_computes(captions_root: Path) -> None:
+    stored = members(captions_root / "captioned")
     labels = [int(sample["cls"]) for sample in stored.values()]
     captions = [caption_of(label, i) for i, label in enumerate(labels)]
     assert [sample["txt"].decode() for sample in stored.values()] == captions
@@ -93,37 +85,37 @@ def test_what_is_stored_is_what_transformers_computes(root: Path) -> None:
     assert states.shape == (40, TOKENS, WIDTH)
     for first in (0, 8, 20, 28, 36):  # the batches that were encoded together: 8, 8, 4 of each shard of 20
         last = min(first + 8, 20 if first < 20 else 40)
-        theirs = transformers_states(root / "qwen3", captions[first:last], "max_length")
+        theirs = transformers_states(captions_root / "qwen3", captions[first:last], "max_length")
         assert torch.equal(states[first:last], theirs)
     for i in (0, 1, 10):
-        alone = transformers_states(root / "qwen3", [captions[i]], "max_length")[0]
+        alone = transformers_states(captions_root / "qwen3", [captions[i]], "max_length")[0]
         torch.testing.assert_close(states[i], alone, atol=2e-6, rtol=0)
-    tokenizer = AutoTokenizer.from_pretrained(root / "qwen3")
+    tokenizer = AutoTokenizer.from_pretrained(captions_root / "qwen3")
     lengths = [len(tokenizer(caption).input_ids) for caption in captions]
     assert [int(text["num_tokens"]) for text in texts] == [min(length, TOKENS) for length in lengths]
     assert max(lengths) > TOKENS  # some are cut
-    null = safetensors.torch.load_file(root / "captioned" / "null.safetensors")["embeddings"]
-    assert torch.equal(null, transformers_states(root / "qwen3", [""], "max_length")[0])
+    null = safetensors.torch.load_file(captions_root / "captioned" / "null.safetensors")["embeddings"]
+    assert torch.equal(null, transformers_states(captions_root / "qwen3", [""], "max_length")[0])
 
 
-def test_everything_else_is_copied(root: Path) -> None:
-    source, copies = members(root / "source"), members(root / "captioned")
+def test_everything_else_is_copied(captions_root: Path) -> None:
+    source, copies = members(captions_root / "source"), members(captions_root / "captioned")
     assert [s["png"] for s in source.values()] == [s["png"] for s in copies.values()]
     assert [s["cls"] for s in source.values()] == [s["cls"] for s in copies.values()]
-    about = manifest(root / "captioned")
+    about = manifest(captions_root / "captioned")
     assert about["kind"] == "images"
     assert about["samples"] == 40
-    encoder = TextEncoder(str(root / "qwen3"), max_tokens=TOKENS, dtype="float32").identity()
+    encoder = TextEncoder(str(captions_root / "qwen3"), max_tokens=TOKENS, dtype="float32").identity()
     assert about["text"] == {"encoder": encoder, "tokens": TOKENS, "width": WIDTH, "dtype": "float32"}
     assert about["settings"] == {"kind": "text", "shard_size": 20, "batch_size": 8}
 
 
-def test_latents_keep_what_decodes_them(root: Path, tmp_path: Path) -> None:
+def test_latents_keep_what_decodes_them(captions_root: Path, tmp_path: Path) -> None:
     paths = [f"paths.data_dir={tmp_path}", f"paths.output_dir={tmp_path}", f"output={tmp_path}/latents"]
-    source = [f"data.folder={root}/source", "data=digits", "kind=latents", "autoencoder=tiny", "shard_size=20"]
+    source = [f"data.folder={captions_root}/source", "data=digits", "kind=latents", "autoencoder=tiny", "shard_size=20"]
     latents = encode.encode(compose_config(*source, *paths, name="encode.yaml"))
     sizes = ["data=imagenet_latents", "data.channels=4", "data.image_size=[4,4]", "data.num_classes=10"]
-    out = encode_captions(tmp_path / "text", latents, root / "qwen3", *sizes, "text_encoder.dtype=bfloat16")
+    out = encode_captions(tmp_path / "text", latents, captions_root / "qwen3", *sizes, "text_encoder.dtype=bfloat16")
     before, after = manifest(latents), manifest(out)
     statistics = ("channel_mean", "channel_std", "normalisation")
     for key in ("kind", "shape", "encoder", "posterior", "preprocessing", *statistics):
@@ -140,7 +132,7 @@ def test_latents_keep_what_decodes_them(root: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_encoding_resumes_to_the_very_bytes(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    captions_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, done = ShardEncoder.encode, list[str]()
 
@@ -152,20 +144,20 @@ def test_an_interrupted_encoding_resumes_to_the_very_bytes(
 
     monkeypatch.setattr(ShardEncoder, "encode", killed)
     with pytest.raises(KeyboardInterrupt):
-        encode_captions(tmp_path / "out", root / "source", root / "qwen3")
+        encode_captions(tmp_path / "out", captions_root / "source", captions_root / "qwen3")
     assert [path.name for path in (tmp_path / "out").glob("*.tar")] == done
     assert not (tmp_path / "out" / "null.safetensors").exists()
     with pytest.raises(UserError, match="has not finished 'train'"):
         read(tmp_path / "out", tmp_path)
     monkeypatch.setattr(ShardEncoder, "encode", lambda self, task, report: whole(self, task, report))
-    encode_captions(tmp_path / "out", root / "source", root / "qwen3")
-    assert files(tmp_path / "out") == files(root / "captioned")
+    encode_captions(tmp_path / "out", captions_root / "source", captions_root / "qwen3")
+    assert files(tmp_path / "out") == files(captions_root / "captioned")
 
 
 @pytest.mark.slow
-def test_several_processes_write_the_same_bytes(root: Path, tmp_path: Path) -> None:
-    encode_captions(tmp_path / "out", root / "source", root / "qwen3", "num_processes=2")
-    assert files(tmp_path / "out") == files(root / "captioned")
+def test_several_processes_write_the_same_bytes(captions_root: Path, tmp_path: Path) -> None:
+    encode_captions(tmp_path / "out", captions_root / "source", captions_root / "qwen3", "num_processes=2")
+    assert files(tmp_path / "out") == files(captions_root / "captioned")
 
 
 @pytest.mark.parametrize(
@@ -177,27 +169,27 @@ def test_several_processes_write_the_same_bytes(root: Path, tmp_path: Path) -> N
         ("kind=images", "batch_size = 8, not None"),
     ],
 )
-def test_a_folder_of_other_settings_is_refused(root: Path, copied: Path, override: str, message: str) -> None:
+def test_a_folder_of_other_settings_is_refused(captions_root: Path, copied: Path, override: str, message: str) -> None:
     before = files(copied)
     with pytest.raises(UserError, match=r"^output = .*: choose another folder.*$") as caught:
-        encode_captions(copied, root / "source", root / "qwen3", override)
+        encode_captions(copied, captions_root / "source", captions_root / "qwen3", override)
     assert message in str(caught.value)
     assert files(copied) == before
 
 
-def test_samples_without_captions(root: Path, tmp_path: Path) -> None:
+def test_samples_without_captions(captions_root: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     for name in ("train", "val"):
         tar_of(tmp_path / "none" / f"{name}-0.tar", {"0.png": picture(1), "0.cls": b"1"})
     with pytest.raises(UserError, match=r"has no captions for train \(\.txt, or `caption` in \.json\)"):
-        encode_captions(tmp_path / "out", tmp_path / "none", root / "qwen3")
+        encode_captions(tmp_path / "out", tmp_path / "none", captions_root / "qwen3")
     more = {"1.png": picture(1), "1.cls": b"1", "1.json": b'{"caption": "half a character: \\ud800"}'}
     for name in ("train", "val"):
         tar_of(tmp_path / "none" / f"{name}-0.tar", {"0.png": picture(1), "0.cls": b"1", **more})
     with pytest.raises(UserError, match=r"sample '0' has no caption"):
-        encode_captions(tmp_path / "out2", tmp_path / "none", root / "qwen3")
+        encode_captions(tmp_path / "out2", tmp_path / "none", captions_root / "qwen3")
     tolerant = ["data.faults.action=substitute", "data.faults.max_rate=1.0"]
-    out = encode_captions(tmp_path / "out2", tmp_path / "none", root / "qwen3", *tolerant)
+    out = encode_captions(tmp_path / "out2", tmp_path / "none", captions_root / "qwen3", *tolerant)
     assert manifest(out)["left_out"] == {"missing_member": 1}
     assert [sample["txt"] for sample in members(out).values()] == [b"half a character: ?"]
 
@@ -205,24 +197,28 @@ def test_samples_without_captions(root: Path, tmp_path: Path) -> None:
 # ----------------------------------------------------------------- a table
 
 
-def table(root: Path, folder: Path, names: str, *overrides: str) -> Path:
+def table(captions_root: Path, folder: Path, names: str, *overrides: str) -> Path:
     (folder / "names.txt").write_text(names)
     paths = [f"paths.data_dir={folder}", f"paths.output_dir={folder}", f"output={folder}/table.safetensors"]
-    encoder = [f"text_encoder.path={root}/qwen3", f"text_encoder.max_tokens={TOKENS}", "text_encoder.dtype=float32"]
+    encoder = [
+        f"text_encoder.path={captions_root}/qwen3",
+        f"text_encoder.max_tokens={TOKENS}",
+        "text_encoder.dtype=float32",
+    ]
     chosen = ["kind=text", f"captions={folder}/names.txt", *paths, *encoder, *overrides]
     return encode.encode(compose_config(*chosen, name="encode.yaml"))
 
 
-def test_class_names_make_a_table(root: Path, tmp_path: Path) -> None:
+def test_class_names_make_a_table(captions_root: Path, tmp_path: Path) -> None:
     names = ["a zero", "an orange cat, drawn", "two"]
-    path = table(root, tmp_path, "\n".join(names) + "\n")
+    path = table(captions_root, tmp_path, "\n".join(names) + "\n")
     context = CaptionTable(WIDTH, str(path))
-    theirs = transformers_states(root / "qwen3", [*names, ""], "longest")
+    theirs = transformers_states(captions_root / "qwen3", [*names, ""], "longest")
     assert torch.equal(context.table, theirs)
     assert context.null_class == 3
     assert theirs.shape[1] < TOKENS
     with safetensors.safe_open(path, framework="pt") as file:
-        assert json.loads(file.metadata()["encoder"]) == manifest(root / "captioned")["text"]["encoder"]
+        assert json.loads(file.metadata()["encoder"]) == manifest(captions_root / "captioned")["text"]["encoder"]
 
 
 @pytest.mark.parametrize(
@@ -236,10 +232,12 @@ def test_class_names_make_a_table(root: Path, tmp_path: Path) -> None:
         ("a\n", "text_encoder.path=/nowhere", r"text_encoder\.path = /nowhere: cannot be loaded"),
     ],
 )
-def test_mistakes_with_tables_are_one_line(root: Path, tmp_path: Path, names: str, override: str, message: str) -> None:
+def test_mistakes_with_tables_are_one_line(
+    captions_root: Path, tmp_path: Path, names: str, override: str, message: str
+) -> None:
     (tmp_path / "names.txt.safetensors").touch()
     with pytest.raises(UserError, match=rf"^{message}[^\n]*$"):
-        table(root, tmp_path, names, override)
+        table(captions_root, tmp_path, names, override)
 
 
 def test_a_table_needs_the_kind_that_writes_it() -> None:
@@ -256,12 +254,12 @@ def batches(data: ShardDataModule, name: str = "train") -> Iterator[dict[str, An
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_longest_is_the_padding_of_the_reference(root: Path, tmp_path: Path, workers: int) -> None:
-    data = read(root / "captioned", tmp_path, num_workers=workers)
+def test_longest_is_the_padding_of_the_reference(captions_root: Path, tmp_path: Path, workers: int) -> None:
+    data = read(captions_root / "captioned", tmp_path, num_workers=workers)
     lengths, stream = set(), batches(data)
     for _ in range(6):
         batch = next(stream)
-        theirs = transformers_states(root / "qwen3", [*batch["caption"], ""], "longest")
+        theirs = transformers_states(captions_root / "qwen3", [*batch["caption"], ""], "longest")
         assert batch["condition"].shape == theirs[:-1].shape
         torch.testing.assert_close(batch["condition"], theirs[:-1], atol=2e-6, rtol=0)
         null = batch["null_condition"]
@@ -272,33 +270,33 @@ def test_longest_is_the_padding_of_the_reference(root: Path, tmp_path: Path, wor
     assert len(lengths) > 1
 
 
-def test_fixed_is_all_that_is_stored_and_nothing_is_read_without_text(root: Path, tmp_path: Path) -> None:
-    fixed = next(batches(read(root / "captioned", tmp_path, text="fixed")))
-    theirs = transformers_states(root / "qwen3", fixed["caption"], "max_length")
+def test_fixed_is_all_that_is_stored_and_nothing_is_read_without_text(captions_root: Path, tmp_path: Path) -> None:
+    fixed = next(batches(read(captions_root / "captioned", tmp_path, text="fixed")))
+    theirs = transformers_states(captions_root / "qwen3", fixed["caption"], "max_length")
     torch.testing.assert_close(fixed["condition"], theirs, atol=2e-6, rtol=0)
-    plain = read(root / "captioned", tmp_path, text=None)
+    plain = read(captions_root / "captioned", tmp_path, text=None)
     batch = next(batches(plain))
     assert not {"condition", "null_condition"} & batch.keys()
     assert torch.equal(batch["image"], fixed["image"])
     assert torch.equal(batch["label"], fixed["label"])
 
 
-def test_the_webdataset_reader_yields_the_same_states(root: Path, tmp_path: Path) -> None:
+def test_the_webdataset_reader_yields_the_same_states(captions_root: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"reader": "webdataset", "samples_per_shard": 20, "shuffle_buffer": 8}
-    batch = next(batches(read(root / "captioned", tmp_path, **options)))
-    theirs = transformers_states(root / "qwen3", batch["caption"], "longest")
+    batch = next(batches(read(captions_root / "captioned", tmp_path, **options)))
+    theirs = transformers_states(captions_root / "qwen3", batch["caption"], "longest")
     torch.testing.assert_close(batch["condition"], theirs, atol=2e-6, rtol=0)
-    without = next(batches(read(root / "captioned", tmp_path, text=None, **options)))
+    without = next(batches(read(captions_root / "captioned", tmp_path, text=None, **options)))
     assert without["caption"] == batch["caption"]
     assert "condition" not in without
 
 
 @pytest.mark.parametrize("where", ["local", "remote"])
-def test_windows_read_the_same_states(root: Path, tmp_path: Path, where: str) -> None:
-    whole = read(root / "captioned", tmp_path, window=0, val="val-000000.tar")
+def test_windows_read_the_same_states(captions_root: Path, tmp_path: Path, where: str) -> None:
+    whole = read(captions_root / "captioned", tmp_path, window=0, val="val-000000.tar")
     expected = {int(n): states for n, states in zip(*states_of(whole, 10), strict=True)}
-    with serve(root / "captioned") as server:
-        folder = server.address if where == "remote" else root / "captioned"
+    with serve(captions_root / "captioned") as server:
+        folder = server.address if where == "remote" else captions_root / "captioned"
         names = {"train": "train-{000000..000001}.tar", "val": "val-{000000..000000}.tar"}
         data = read(folder, tmp_path / where, window=1, text="fixed", **names)
         numbers, states = states_of(data, 10)
@@ -390,10 +388,10 @@ def test_a_damaged_sample_of_validation_has_no_weight(copied: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("reader", ["index", "webdataset"])
-def test_a_set_without_states_is_refused_at_the_start(root: Path, tmp_path: Path, reader: str) -> None:
+def test_a_set_without_states_is_refused_at_the_start(captions_root: Path, tmp_path: Path, reader: str) -> None:
     message = r"^data\.text = longest: .*source contains no states of captions; src/encode\.py kind=text writes them$"
     with pytest.raises(UserError, match=message):
-        read(root / "source", tmp_path, reader=reader)
+        read(captions_root / "source", tmp_path, reader=reader)
 
 
 def damaged_manifest(folder: Path, name: str = "train", **changes: Any) -> None:

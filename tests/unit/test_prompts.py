@@ -203,3 +203,25 @@ def test_the_lines_for_a_notebook(
     exec(text, names)
     assert names["pictures"].shape == (2, 1, 8, 8)
     assert next(names["network"].network.parameters()).dtype == torch.bfloat16
+
+
+def test_the_lines_of_a_model_card(
+    qwen3: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_script: Callable[..., Any],
+    config: Callable[..., DictConfig],
+) -> None:
+    identity = encoder(qwen3, max_tokens=24).identity()
+    data = {"text": {"encoder": identity, "padding": "longest"}, "samples": 40}
+    run = random_run(captioned(to_plain(config())), tmp_path, data)
+    done = run_script("convert.py", f"ckpt_path={run}", "hub=true", "license=mit", f"output={tmp_path}/hub")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "hub" / "README.md").read_text()
+    lines = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert lines is not None
+    assert "text_encoder=TextEncoder(\"Qwen/Qwen3-0.6B\", max_tokens=24, dtype='float32'))" in lines[1]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(lines[1].replace("Qwen/Qwen3-0.6B", str(qwen3)), names)
+    assert names["images"].shape == (1, 1, 8, 8)

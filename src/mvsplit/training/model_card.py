@@ -18,6 +18,8 @@ WORD = re.compile(r"[A-Za-z0-9][\w.+:-]{0,60}")
 PLACES = ("checkpoint", "folder", "output", "subfolder")
 """Keys of records that say where something was."""
 MAX_LEVELS = 8
+ENCODER = "Qwen/Qwen3-0.6B"
+"""The text encoder that the card names: the default."""
 
 
 def model_card(
@@ -107,20 +109,33 @@ def _metrics(metrics: dict[str, Any] | None) -> list[str]:
 
 def _use(name: str, source: Source, raw: bool) -> list[str]:
     option, weights = (", weights='raw'", " weights=raw") if raw else ("", "")
+    imports, call, override = "import mvsplit\n", "classes=[0, 1, 2]", "'classes=[0,1,2]'"
     if source.text is not None:
-        call, override = 'prompts=["a corgi in the snow"]', "'prompts=[\"a corgi in the snow\"]'"
-    else:
-        call, override = "classes=[0, 1, 2]", "'classes=[0,1,2]'"
+        imports = "import mvsplit\nfrom mvsplit.data.text_encoder import TextEncoder\n"
+        settings = _encoder_settings(source.text)
+        arguments = "".join(f", {key}={value!r}" for key, value in settings.items())
+        call = f'prompts=["a corgi in the snow"], text_encoder=TextEncoder("{ENCODER}"{arguments})'
+        override = "'prompts=[\"a corgi in the snow\"]'"
+        override += "".join(f" text_encoder.{key}={value}" for key, value in settings.items())
     return [
         "\n## Use\n",
         "```python",
-        "import mvsplit\n",
+        imports,
         f'images = mvsplit.load("{name}"{option}).sample({call})',
         "```\n",
         "```bash",
         f"python src/sample.py ckpt_path={name} {override}{weights}",
         "```",
     ]
+
+
+def _encoder_settings(text: dict[str, Any]) -> dict[str, Any]:
+    """How the captions were encoded, where it is not as by default."""
+    encoder = text.get("encoder")
+    recorded = {**(encoder if isinstance(encoder, dict) else {}), "padding": text.get("padding")}
+    usual = {"padding": "longest", "max_tokens": 256, "dtype": "bfloat16"}
+    given = {key: recorded.get(key, value) for key, value in usual.items()}
+    return {key: value for key, value in given.items() if _word(value) and value != usual[key]}
 
 
 def _table(title: str, rows: Mapping[str, str]) -> list[str]:
