@@ -21,7 +21,7 @@ os.environ.setdefault("WDS_SECURE", "1")
 # For gs:// addresses: the newer protocol does not survive the fork of a worker process.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

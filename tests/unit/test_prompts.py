@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
 from PIL import Image
 from random_weights import random_run
+from reference_dit import ReferenceDiT, euler, save_release
+from small_autoencoders import saved_autoencoder
 from small_qwen3 import save_qwen3
 from torch import Tensor
 
@@ -20,6 +23,7 @@ from mvsplit.evaluation.prompts import read_prompts
 from mvsplit.flow.sampler import Sampler, sample_noise
 from mvsplit.utils.config import to_plain
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.images import enlarge, to_uint8
 from mvsplit.utils.run_dirs import PROJECT_ROOT
 
 PROMPTS = ["a corgi in the snow", "seven", "an orange cat"]
@@ -225,3 +229,34 @@ def test_the_lines_of_a_model_card(
     names: dict[str, Any] = {}
     exec(lines[1].replace("Qwen/Qwen3-0.6B", str(qwen3)), names)
     assert names["images"].shape == (1, 1, 8, 8)
+
+
+@torch.no_grad()
+def test_a_release_draws_as_its_code_does(qwen3: Path, tmp_path: Path, run_script: Callable[..., Any]) -> None:
+    """From released weights and prompts to decoded pictures, beside transformers and diffusers themselves."""
+    torch.manual_seed(1)
+    theirs = ReferenceDiT(depth=4, channels=12, text=32).eval()
+    save_release(tmp_path / "model.pt", theirs)
+    vae = saved_autoencoder(tmp_path / "vae" / "vae", "AutoencoderKLFlux2")
+    file = tmp_path / "weights.safetensors"
+    done = run_script("convert.py", f"release={tmp_path}/model.pt", "num_heads=2", f"output={file}")
+    assert done.returncode == 0, done.stderr
+    prompts = "[" + ",".join(f'"{prompt}"' for prompt in PROMPTS) + "]"
+    done = run_script(
+        "sample.py", f"ckpt_path={file}", "protocol=released", f"prompts={prompts}", "image_size=[8,8]",
+        "sampler.steps=5", "precision=float32", f"text_encoder.path={qwen3}", "text_encoder.dtype=float32",
+        f"autoencoder.path={tmp_path}/vae", f"paths.output_dir={tmp_path}/out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+    states, null = encoder(qwen3).with_null(PROMPTS)
+    x = euler(theirs, sample_noise(0, torch.arange(3), (12, 8, 8)), states, null, 2.0, 5)
+    std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+    latents = x * std.view(-1, 1, 1) + vae.bn.running_mean.view(-1, 1, 1)
+    pictures = vae.decode(torch.nn.functional.pixel_shuffle(latents, 2)).sample
+    assert pictures.shape == (3, 3, 32, 32)
+    expected = enlarge(to_uint8(pictures))
+    for number, path in enumerate(sorted((tmp_path / "out").glob("*_prompt_*.png"))):
+        found = torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)
+        assert (found.int() - expected[number].int()).abs().max() <= 1
+        assert Image.open(path).text["prompt"] == PROMPTS[number]  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each plane (i, i + E/2): (a, b) → (a·cos + b·sin, b·cos − a·sin).
 
     This is the direction of the reference code, so that its released weights are used as they are stored. Most language
-    models rotate the other way.
+    models rotate the other way, and so did version 0.1 of this project: its checkpoints draw nothing sensible now.
 
     Args:
         x: (B, H, T, E) queries or keys.
