@@ -76,7 +76,10 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
     run = load(config["ckpt_path"], config["weights"], config["precision"], config["paths"]["log_dir"])
     if config["num_samples"]:
-        check_conditions(run, config["classes"], config["prompts"])
+        try:
+            check_conditions(run, config["classes"], config["prompts"])
+        except UserError as error:
+            raise UserError(f"{error}; num_samples=0 measures only the validation loss") from None
     about: dict[str, Any] = {"checkpoint": str(run.path.resolve()), "step": run.step, "weights": config["weights"]}
     metrics: dict[str, float] = {}
     data = quality = None

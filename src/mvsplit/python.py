@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -46,7 +46,7 @@ class Run(SavedRun):
     def sample(
         self,
         classes: Sequence[int] | None = None,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str] | str | None = None,
         count: int = 1,
         seed: int = 0,
         sampler: Sampler | None = None,
@@ -59,7 +59,7 @@ class Run(SavedRun):
 
         Args:
             classes: class numbers, for a network that was trained on classes.
-            prompts: for a network that was trained on captions.
+            prompts: for a network that was trained on captions: a list, or the path of a file with one per line.
             count: images per class or prompt.
             seed: of the noise.
             sampler: Euler with 25 steps and guidance 2 if None.
@@ -82,7 +82,7 @@ class Run(SavedRun):
         if prompts is not None:
             if text_encoder is None:
                 raise UserError("text_encoder = None: prompts need the text encoder of the captions")
-            asked = Prompts(read_prompts(list(prompts)), text_encoder)
+            asked = Prompts(read_prompts(prompts), text_encoder)
         decoder = None
         if autoencoder is not None:
             if self.latents is None:
@@ -154,6 +154,8 @@ def load(
     Raises:
         UserError: if there is no checkpoint, or it is damaged.
     """
+    if precision not in get_args(Precision):
+        raise UserError(f"precision = {precision}: allowed: {', '.join(get_args(Precision))}")
     logs = Path(log_dir or LOG_DIR)
     return Run(find_checkpoint(str(path), str(logs)), weights, precision, logs)
 

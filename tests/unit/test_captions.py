@@ -226,10 +226,10 @@ def test_class_names_make_a_table(captions_root: Path, tmp_path: Path) -> None:
     [
         ("a\n\nb\n", "seed=0", r"captions = .*names\.txt: line 2 is empty; each class needs a caption"),
         ("", "seed=0", r"captions = .*names\.txt: contains no captions"),
-        ("a\n", "captions=/nowhere.txt", r"captions = /nowhere\.txt: must be a text file of at most"),
-        ("a\n", "output=/nowhere/table", r"output = /nowhere/table: must be a file of this type"),
+        ("a\n", "captions=/nowhere.txt", r"captions = /nowhere\.txt: no such file"),
+        ("a\n", "output=/nowhere/table", r"output = /nowhere/table: must be a file that ends in \.safetensors"),
         ("a\n", "output=${captions}.safetensors", r"output = .*: exists already"),
-        ("a\n", "text_encoder.path=/nowhere", r"text_encoder\.path = /nowhere: cannot be loaded"),
+        ("a\n", "text_encoder.path=/nowhere", r"text_encoder\.path = /nowhere: no such folder"),
     ],
 )
 def test_mistakes_with_tables_are_one_line(

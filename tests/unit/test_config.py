@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import encode
 import eval as evaluation
+import sample
 from mvsplit.flow.sampler import Sampler
 from mvsplit.training import session, settings
 from mvsplit.utils.config import EXTERNAL, NOT_SUPPORTED, build, build_each, check_config, to_plain
@@ -131,6 +132,11 @@ def test_null_switches_a_group_off_on_the_command_line() -> None:
     argv = ["train.py", "logger=null", "debug=null", "ckpt_path=null", "trainer=cpu"]
     assert plain_overrides(argv) == ["train.py", "~logger", "ckpt_path=null", "trainer=cpu"]
     assert plain_overrides(["eval.py", "features=null", "protocol=null", "autoencoder=null"]) == ["eval.py"]
+    given = ["sample.py", "protocol=released", "autoencoder=null"]  # which that protocol chooses
+    config = sample.checked(
+        compose_config("paths.output_dir=/nowhere", *plain_overrides(given)[1:], name="sample.yaml")
+    )
+    assert (config["autoencoder"], config["sampler"]["steps"]) == (None, 35)
 
 
 def test_braces_are_typed_as_they_are_or_refused() -> None:

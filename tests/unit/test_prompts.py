@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from omegaconf import DictConfig
 from PIL import Image
@@ -19,7 +21,7 @@ from torch import Tensor
 
 import mvsplit
 from mvsplit.data.text_encoder import TextEncoder
-from mvsplit.evaluation.prompts import read_prompts
+from mvsplit.evaluation.prompts import Prompts, read_prompts
 from mvsplit.flow.sampler import Sampler, sample_noise
 from mvsplit.utils.config import to_plain
 from mvsplit.utils.errors import UserError
@@ -118,16 +120,19 @@ def test_a_caption_padded_and_cut_is_the_caption_padded_less(qwen3: Path) -> Non
 
 def test_prompts_are_read_from_a_list_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("a corgi\n\n# not this one\n  ein Käfer  \n")
-    assert read_prompts(str(file)) == ["a corgi", "ein Käfer"]
+    file.write_bytes("\ufeff# not this one\r\na corgi\r\n\n  ein\u2028Käfer  \n".encode())
+    assert read_prompts(str(file)) == ["a corgi", "ein\u2028Käfer"]
     assert read_prompts(["", "a corgi"]) == ["", "a corgi"]
     (tmp_path / "latin").write_bytes(b"K\xe4fer\n")
     (tmp_path / "empty").write_text("# nothing\n")
     for given, reason in (
         ("a corgi", "prompts = a corgi: no such file; a prompt itself is given in a list"),
         (str(tmp_path / "latin"), "not a text file in UTF-8"),
-        (str(tmp_path / "empty"), "prompts: 0; must be between 1 and 100000"),
-        ([], "prompts: 0; must be between"),
+        ("x" * 400, "no such file"),
+        (str(tmp_path / "empty"), "empty: 0 prompts; must be between 1 and 100000"),
+        ([], "prompts: 0 prompts; must be between"),
+        (["a", 3], "prompts = 3: must be a text"),
+        (["caf\udce9"], "not valid text; is the terminal in UTF-8?"),
         (["x" * 10_001], "must have at most 10000 characters"),
     ):
         with pytest.raises(UserError, match=re.escape(reason)):
@@ -146,7 +151,14 @@ def test_what_does_not_fit_the_network_is_one_line(
         (lambda: loaded.sample(classes=[3]), "classes = [3]: the network was trained on captions, not classes"),
         (lambda: loaded.sample(prompts=PROMPTS), "text_encoder = None: prompts need the text encoder"),
         (lambda: loaded.sample(prompts=PROMPTS, text_encoder=other), "states have width 48, but the network needs 32"),
-        (lambda: loaded.sample(prompts=PROMPTS, text_encoder=text, image_size=[7, 8]), "images of shape (1, 7, 8)"),
+        (
+            lambda: loaded.sample(prompts=PROMPTS, text_encoder=text, image_size=[7, 8]),
+            "image_size = [7, 8]: model: images of",
+        ),
+        (
+            lambda: loaded.sample(prompts="a corgi", text_encoder=text),
+            "prompts = a corgi: no such file; a prompt itself",
+        ),
         (lambda: classes.sample(prompts=PROMPTS, text_encoder=text), "trained on classes, not captions"),
     ):
         with pytest.raises(UserError, match=re.escape(reason)):
@@ -260,3 +272,84 @@ def test_a_release_draws_as_its_code_does(qwen3: Path, tmp_path: Path, run_scrip
         found = torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)
         assert (found.int() - expected[number].int()).abs().max() <= 1
         assert Image.open(path).text["prompt"] == PROMPTS[number]  # type: ignore[attr-defined]
+
+
+def test_the_weights_of_a_whole_language_model_are_read(qwen3: Path, tmp_path: Path) -> None:
+    """As the published ones are saved: with a head, and names that begin with `model`."""
+    from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    whole = Qwen3ForCausalLM(AutoConfig.from_pretrained(qwen3)).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(qwen3).save_pretrained(tmp_path / "whole")
+    text = encoder(tmp_path / "whole")
+    inputs = text.tokenizer(PROMPTS, padding="longest", return_tensors="pt")
+    with torch.no_grad():
+        expected = whole.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert torch.equal(text.encode(PROMPTS)[0], expected.last_hidden_state)
+
+
+def edited(name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(json.dumps(change(json.loads((folder / name).read_text()))))
+
+
+def without_a_weight(folder: Path) -> None:
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    del weights["norm.weight"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+BAD_ENCODERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "lacks a weight": (without_a_weight, "1 of its weights are missing or do not fit, first norm.weight"),
+    "cut": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot be loaded"),
+    "another kind": (edited("config.json", lambda c: c | {"model_type": "llama"}), "a model of type llama; must be"),
+    "no heads": (edited("config.json", lambda c: c | {"num_key_value_heads": 0}), "cannot be loaded"),
+    "a token too many": (edited("tokenizer_config.json", lambda c: c | {"pad_token": "<new>"}), "its tokenizer has"),
+    "adapters": (lambda f: (f / "adapter_config.json").write_text("{}"), "contains adapters; must be a whole model"),
+    "files elsewhere": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}'),
+        "names the file '../../etc/passwd', which must be in the same folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ENCODERS)
+def test_text_encoders_that_cannot_be_used_are_refused(qwen3: Path, tmp_path: Path, name: str) -> None:
+    damage, message = BAD_ENCODERS[name]
+    damage(Path(shutil.copytree(qwen3, tmp_path / "qwen3")))
+    with pytest.raises(UserError, match=rf"^[^\n]*{re.escape(message)}[^\n]*$"):
+        TextEncoder(str(tmp_path / "qwen3"))
+
+
+def test_folders_that_do_not_exist_are_not_asked_for_on_a_hub(tmp_path: Path) -> None:
+    for path in (f"{tmp_path}/none", "./none", "none", "a/b/none", "tests/none"):
+        with pytest.raises(UserError, match=rf"^text_encoder\.path = {path}: no such folder; must be one, or a repo"):
+            TextEncoder(path)
+    with pytest.raises(UserError, match=r"^text_encoder\.padding = shortest: allowed: longest, fixed$"):
+        TextEncoder("Qwen/Qwen3-0.6B", padding="shortest")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"rms_norm_eps": 0.1}),
+        ("config.json", {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}),
+        ("config.json", {"hidden_act": "gelu"}),
+        ("tokenizer_config.json", {"pad_token": "a"}),
+    ],
+)
+def test_what_changes_the_states_changes_the_identity(
+    qwen3: Path, tmp_path: Path, name: str, change: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(qwen3, tmp_path / "qwen3"))
+    edited(name, lambda content: content | change)(folder)
+    mine, other = encoder(qwen3), encoder(folder)
+    assert not torch.equal(mine.encode([*PROMPTS, ""])[0], other.encode([*PROMPTS, ""])[0])
+    assert mine.identity()["weights"] != other.identity()["weights"]
+    assert encoder(qwen3).identity() == mine.identity()
+
+
+def test_sets_of_other_prompts_are_other_sets(qwen3: Path) -> None:
+    text = encoder(qwen3)
+    first, second = (Prompts(list(texts), text).identity() for texts in (("a\nb", "c"), ("a", "b\nc")))
+    assert first["sha256"] != second["sha256"]

@@ -90,9 +90,9 @@ def encode_sets(data: ShardDataModule, encoder: dict[str, Any], settings: Settin
             data.indices |= {name: data.load(name) for name in settings.splits}
             plan.readers.update({name: data.reader(name) for name in settings.splits})
             identity = _identity(settings, data, built)
-            _check_output(plan, identity)
             if isinstance(built, TextEncoder):
                 check_captions(plan.readers, built)
+            _check_output(plan, identity)
             _encode_missing(plan, built)
             if isinstance(built, TextEncoder):
                 write_null(Path(settings.output), built.to(device_of(settings)))

@@ -9,13 +9,15 @@ padded to 256 tokens begin with those of the same caption padded to 40: stored s
 import hashlib
 import json
 from logging import ERROR, getLogger
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.limits import parse_json, read_small
 
 Padding = Literal["longest", "fixed"]
 
@@ -53,6 +55,8 @@ class TextEncoder(nn.Module):
         device: Literal["auto", "cpu"] = "auto",
     ) -> None:
         super().__init__()
+        self.tokenizer: Any
+        self.model: Any
         # Transformers imports torchao if it is there, which logs two lines about PyTorch's registry.
         getLogger("torch.utils._pytree").setLevel(ERROR)
         try:
@@ -61,24 +65,38 @@ class TextEncoder(nn.Module):
         except ImportError:
             raise UserError("text_encoder: needs another package: pip install -e '.[text]'") from None
         logging.disable_progress_bar()  # for each of a few files it loads
+        if padding not in get_args(Padding):
+            raise UserError(f"text_encoder.padding = {padding}: allowed: {', '.join(get_args(Padding))}")
+        _check_place(path)
         where: dict[str, Any] = {"revision": revision} if revision else {}
         try:
             kind = AutoConfig.from_pretrained(path, trust_remote_code=False, **where).model_type
             if kind != "qwen3":
                 raise ValueError(f"a model of type {kind}; must be qwen3")
             # The class is named here: a tokenizer's files may name any, and some of them unpickle.
-            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path, padding_side="right", **where)
-            self.model = Qwen3Model.from_pretrained(
-                path, use_safetensors=True, dtype=getattr(torch, dtype), attn_implementation="sdpa", **where
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            sides = {"padding_side": "right", "truncation_side": "right"}
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **sides, **where)
+            options: dict[str, Any] = {
+                "use_safetensors": True,
+                "attn_implementation": "sdpa",
+                "output_loading_info": True,
+            }
+            loaded: Any = Qwen3Model.from_pretrained(path, dtype=getattr(torch, dtype), **options, **where)
+            self.model, found = loaded
+            wrong = [*map(str, found["missing_keys"]), *map(str, found["mismatched_keys"]), *found["error_msgs"]]
+            if wrong:  # transformers would use random values in their place
+                raise ValueError(f"{len(wrong)} of its weights are missing or do not fit, first {min(wrong)}")
+            if self.tokenizer.pad_token is None:
+                self.tokenizer.pad_token = self.tokenizer.eos_token
+            if self.tokenizer.pad_token is None:
+                raise ValueError("its tokenizer has neither a padding nor an end token")
+            if len(self.tokenizer) > self.model.config.vocab_size:
+                size = self.model.config.vocab_size
+                raise ValueError(f"its tokenizer has {len(self.tokenizer)} tokens, the model {size}")
+        except Exception as error:  # a folder from elsewhere can fail in any way
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"text_encoder.path = {path}: cannot be loaded ({reason})") from None
         self.model.requires_grad_(False).eval()
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.tokenizer.pad_token is None:
-            raise UserError(f"text_encoder.path = {path}: its tokenizer has neither a padding nor an end token")
         self.width = int(self.model.config.hidden_size)
         self.padding, self.max_tokens, self.batch_size, self.place = padding, max_tokens, batch_size, device
         self.settings = {"path": path, "revision": revision, "max_tokens": max_tokens, "dtype": dtype}
@@ -117,7 +135,43 @@ class TextEncoder(nn.Module):
         """Everything that a caption's states depend on, as plain values, for a manifest."""
         tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
         tokenizer |= {"truncation": None, "padding": None}  # those of the last call
-        digest = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode())
+        computed = [_computation(self.model.config), self.tokenizer.pad_token_id]
+        digest = hashlib.sha256(json.dumps([tokenizer, computed], sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return {"name": "Qwen3", **self.settings, "width": self.width, "weights": digest.hexdigest()[:16]}
+
+
+def _check_place(path: str) -> None:
+    """Check what can be a folder before a hub is asked, and that a folder names no files outside of it.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").exists():  # transformers would load the model that it names
+            raise UserError(f"text_encoder.path = {path}: contains adapters; must be a whole model")
+        index = folder / "model.safetensors.index.json"
+        names = parse_json(read_small(index), str(index)) if index.exists() else {}
+        names = names.get("weight_map") if isinstance(names, dict) else None
+        for name in names.values() if isinstance(names, dict) else ():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{index}: names the file {str(name)[:100]!r}, which must be in the same folder")
+    elif folder.is_absolute() or path.count("/") != 1 or path.startswith(".") or folder.parent.is_dir():
+        raise UserError(
+            f"text_encoder.path = {path}: no such folder; must be one, or a repository of huggingface.co as"
+            " Qwen/Qwen3-0.6B"
+        )
+
+
+def _computation(config: Any) -> dict[str, Any]:
+    """What a Qwen3 computes with its weights. Named one by one: other versions of transformers have other keys."""
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta, "rope_type": "default"}
+    keys = ("hidden_act", "rms_norm_eps", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias")
+    sliding = [kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"]
+    return {
+        **{key: getattr(config, key) for key in keys},
+        "rope": {key: rope[key] for key in sorted(rope)},
+        "sliding": [len(sliding), config.sliding_window if sliding else None],
+    }

@@ -20,6 +20,7 @@ from mvsplit.data.text_encoder import TextEncoder
 from mvsplit.utils.console import info
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.files import whole_file
+from mvsplit.utils.limits import text_lines
 
 SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8": "jpg", b"RIFF": "webp"}
 """First bytes of an image, and the suffix of its copy."""
@@ -141,7 +142,7 @@ def write_table(encoder: TextEncoder, settings: Settings) -> list[int]:
     assert settings.captions is not None
     output = Path(settings.output)
     if output.suffix != ".safetensors":
-        raise UserError(f"output = {output}: must be a file of this type for a table: table.safetensors")
+        raise UserError(f"output = {output}: must be a file that ends in .safetensors")
     if output.exists():
         raise UserError(f"output = {output}: exists already; choose another name, or remove it")
     captions = _read_captions(Path(settings.captions))
@@ -158,12 +159,7 @@ def write_table(encoder: TextEncoder, settings: Settings) -> list[int]:
 
 
 def _read_captions(path: Path) -> list[str]:
-    try:
-        if not path.is_file() or path.stat().st_size > MAX_NAMES:
-            raise UserError(f"captions = {path}: must be a text file of at most {MAX_NAMES} bytes")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"captions = {path}: cannot be read ({error})") from None
+    lines = text_lines(path, "captions", MAX_NAMES)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise UserError(f"captions = {path}: line {number} is empty; each class needs a caption")

@@ -107,7 +107,10 @@ class Generator(torch.nn.Module):
         if not hasattr(self.network, "grid"):
             name, own = type(self.network).__name__, list(self.network.input_shape[1:])
             raise UserError(f"image_size = {list(self.shape[1:])}: {name} draws only {own}")
-        self.network.grid(torch.empty(1, *self.shape, device="meta"))
+        try:
+            self.network.grid(torch.empty(1, *self.shape, device="meta"))
+        except UserError as error:
+            raise UserError(f"image_size = {list(self.shape[1:])}: {error}") from None
 
     def place(self, device: torch.device) -> None:
         """Move what is not moved with the network: the decoder and the text encoder."""

@@ -4,6 +4,9 @@ Shapes: B samples, S tokens, W width of the text encoder's states.
 """
 
 import hashlib
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from mvsplit.data.captions import PLACES
 from mvsplit.data.text_encoder import TextEncoder
 from mvsplit.training.saved_run import SavedRun
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.limits import read_small
+from mvsplit.utils.limits import text_lines
 
 MAX_PROMPTS = 100_000
 MAX_PROMPT = 10_000
@@ -23,27 +26,34 @@ MAX_FILE = 64 << 20
 """Bytes of a file of prompts."""
 
 
-def read_prompts(given: list[str] | str) -> list[str]:
+def read_prompts(given: Sequence[str] | str) -> list[str]:
     """Prompts from a list or a text file with one per line; empty lines and those that begin with # are skipped.
 
     Raises:
         UserError: if there are none, or too many, or the file cannot be read.
     """
-    prompts = given if isinstance(given, list) else _lines(Path(given))
-    if not prompts or len(prompts) > MAX_PROMPTS:
-        raise UserError(f"prompts: {len(prompts)}; must be between 1 and {MAX_PROMPTS}")
-    if longest := next((prompt for prompt in prompts if len(prompt) > MAX_PROMPT), None):
-        raise UserError(f"prompts = {longest[:40]}…: must have at most {MAX_PROMPT} characters")
+    if isinstance(given, str):
+        origin, prompts = f" = {given}", _lines(given)
+    else:
+        origin, prompts = "", list(given)
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise UserError(f"prompts{origin}: {len(prompts)} prompts; must be between 1 and {MAX_PROMPTS}")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"prompts = {prompt!r}: must be a text")
+        if len(prompt) > MAX_PROMPT:
+            raise UserError(f"prompts = {prompt[:40]}…: must have at most {MAX_PROMPT} characters")
+        if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UserError(f"prompts = {ascii(prompt)[:80]}: not valid text; is the terminal in UTF-8?")
     return prompts
 
 
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"prompts = {path}: no such file; a prompt itself is given in a list: 'prompts=[\"{path}\"]'")
-    try:
-        lines = [line.strip() for line in read_small(path, MAX_FILE).decode().splitlines()]
-    except UnicodeDecodeError:
-        raise UserError(f"prompts = {path}: not a text file in UTF-8") from None
+def _lines(path: str) -> list[str]:
+    if not os.path.isfile(path):  # also of names that are too long
+        raise UserError(
+            f"prompts = {path[:100]}: no such file; a prompt itself is given in a list: 'prompts=[\"a corgi\"]'"
+        )
+    lines = [line.strip() for line in text_lines(Path(path), "prompts", MAX_FILE)]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -74,7 +84,7 @@ class Prompts:
 
     def identity(self) -> dict[str, Any]:
         """What the samples depend on, as plain values."""
-        digest = hashlib.sha256("\n".join(self.texts).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()[:16]
         encoder = self.encoder.identity() | {"path": None, "padding": self.encoder.padding}
         return {"count": len(self.texts), "sha256": digest, "encoder": encoder}
 

@@ -1,6 +1,7 @@
 """A set of samples on disk: drawn batch by batch, by any number of processes, in any order, then exported.
 
-    settings.json                     all that the samples depend on
+    settings.json                     all that the samples depend on; of prompts, a hash
+    prompts.json                      the prompts, if the labels are numbers of prompts
     parts/part-000012.safetensors     a batch: `images` uint8 (B, C, height, width), `labels` int64 (B,)
     samples.npz | png/ | shards/      the exports
 
@@ -86,6 +87,9 @@ class SampleSet:
                     remove_partial(folder)
                 with whole_file(self.folder / "settings.json") as file:
                     file.write(json.dumps(self.settings, indent=1).encode())
+                if self.prompts is not None:
+                    with whole_file(self.folder / "prompts.json") as file:
+                        file.write(json.dumps(self.prompts, indent=1, ensure_ascii=False).encode())
                 yield
         except Timeout:
             raise UserError(f"output = {self.folder}: another process is drawing these samples") from None

@@ -73,6 +73,9 @@ def checked(cfg: DictConfig) -> Group:
     if HydraConfig.initialized():  # not when it is called from Python
         check_used(config, chosen_parts(HydraConfig.get()))
     check_machine(config)
+    folder = config["data"].get("folder")
+    if isinstance(folder, str) and "://" not in folder:
+        config["data"]["folder"] = str(Path(folder).absolute())  # the run may be used from another folder
     return config
 
 

@@ -115,7 +115,9 @@ def plain_overrides(argv: Sequence[str]) -> list[str]:
     absent = {
         f"{group}=null" for group in ("debug", "experiment", "hparams_search", "features", "protocol")
     }  # the default
-    if not any(arg.endswith("encode.py") for arg in argv[:1]):  # which always has one
+    if any(arg.startswith("protocol=") and arg != "protocol=null" for arg in argv):  # which may choose one
+        groups["autoencoder=null"] = "~autoencoder"
+    elif not any(arg.endswith("encode.py") for arg in argv[:1]):  # which always has one
         absent.add("autoencoder=null")
     return [_quoted(groups.get(arg, arg)) for arg in argv if arg not in absent]
 

@@ -142,3 +142,24 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], name: st
         raise yaml.YAMLError(f"{name}: nested more than {MAX_DEPTH} levels deep")
     known[id(node)] = values, levels
     return values, levels
+
+
+def text_lines(path: Path, key: str, limit: int) -> list[str]:
+    """Lines of a text file in UTF-8. Only a line feed ends one: a text may contain Unicode's other separators.
+
+    Args:
+        path: of the file.
+        key: of the config, which names it.
+        limit: of its size, in bytes.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        text = read_small(path, limit).decode("utf-8-sig")  # some editors begin a file with a mark
+    except UnicodeDecodeError:
+        raise UserError(f"{key} = {path}: not a text file in UTF-8") from None
+    except UserError as error:
+        raise UserError(f"{key} = {error}") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines if lines[-1] else lines[:-1]
