@@ -74,7 +74,7 @@ class TextEncoder(nn.Module):
             if kind != "qwen3":
                 raise ValueError(f"a model of type {kind}; must be qwen3")
             # The class is named here: a tokenizer's files may name any, and some of them unpickle.
-            sides = {"padding_side": "right", "truncation_side": "right"}
+            sides: dict[str, Any] = {"padding_side": "right", "truncation_side": "right"}
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **sides, **where)
             options: dict[str, Any] = {
                 "use_safetensors": True,
