@@ -26,7 +26,7 @@ from mvsplit.training.checkpoint_writer import write_safetensors
 from mvsplit.training.saved_config import portable
 from mvsplit.training.tensor_files import SafetensorsFile, Stored
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.limits import parse_json, read_small
+from mvsplit.utils.limits import MAX_REASON, parse_json, read_small
 from mvsplit.utils.run_dirs import HUB_CONFIG
 
 WHOLE, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
@@ -87,7 +87,7 @@ class HubFolder:
         try:
             return SafetensorsFile(self.path / name)
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"ckpt_path = {self.path}: {name} is missing or damaged ({error})") from None
+            raise UserError(f"ckpt_path = {self.path}: {name} is missing or damaged ({str(error)[:MAX_REASON]})") from None
 
 
 def write_hub_folder(
