@@ -114,7 +114,7 @@ def own_index(pattern: str) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    """The content of a file that may come from anywhere; None if it does not exist, is not valid JSON, or is nested too deeply."""
+    """The content of a file that may come from anywhere; None if there is none, or it is not JSON of credible depth."""
     try:
         content = json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size <= MAX_JSON else None
         return content if is_shallow(content) else None
