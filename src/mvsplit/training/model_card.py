@@ -206,7 +206,8 @@ def without_places(value: Any, level: int = 0) -> Any:
     if isinstance(value, str) and ("/" in value or "\\" in value):
         before, _, last = value.replace("\\", "/").rstrip("/").rpartition("/")
         parent = before.rpartition("/")[2]
-        private = before.endswith((":", "/")) or parent in HOMES or (last == "root" and not before)
+        host = before.endswith((":", "/")) or (before.startswith("//") and "/" not in before[2:])
+        private = host or parent in HOMES or (last == "root" and not before)
         return last if WORD.fullmatch(last) and not private else None
     if isinstance(value, str) and PARTS.search(value):
         return None
