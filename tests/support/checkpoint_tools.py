@@ -30,6 +30,43 @@ def poison(path: Path, name: str, content: bytes) -> None:
     (path / COMPLETE).write_text(hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest())
 
 
+NESTED = b")q\x00" + b"h\x00\x86q\x00" * 60
+"""A tuple of two tuples of two …: 2^60 of them to whoever looks at all."""
+
+
+def _text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+def _stored(key: bytes) -> bytes:
+    return b"(" + _text("storage") + b"ctorch\nFloatStorage\n" + key + _text("cpu") + b"K\x01tQ"
+
+
+nested_storage = b"\x80\x02" + _stored(NESTED) + b"."
+"""Containers with a storage that has such a tuple for a name."""
+nested_encoding = b"\x80\x02c_codecs\nencode\n(" + _text("a") + NESTED + b"tR."
+"""Bytes that are encoded as such a tuple says."""
+
+
+def tensor_of(size: bytes) -> bytes:
+    """A tensor of the one value that is stored, with these opcodes for size and stride."""
+    tuples = b"(" + size + b"t(" + size + b"t"
+    made = b"ctorch._utils\n_rebuild_tensor_v2\n(" + _stored(_text("0")) + b"K\x00" + tuples + b"\x89}tR"
+    return b"\x80\x02}" + _text("a") + made + b"s."
+
+
+def hand_made(content: bytes) -> Callable[[Path], bytes]:
+    """A file of `torch.save` whose containers are written by hand, with one stored value."""
+
+    def make(file: Path) -> bytes:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("model/data.pkl", content)
+            archive.writestr("model/data/0", b"\0" * 4)
+        return file.read_bytes()
+
+    return make
+
+
 class Called:
     """Unpickled, it calls something."""
 

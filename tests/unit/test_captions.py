@@ -404,6 +404,7 @@ def damaged_manifest(folder: Path, name: str = "train", **changes: Any) -> None:
     [
         {"tokens": 10**12}, {"tokens": -1}, {"tokens": True}, {"width": "32"}, {"width": None}, {"dtype": "float8"},
         {"dtype": ["float32"]}, {"encoder": None}, {"encoder": {"name": "x" * 100_000}},
+        {"encoder": {"name": [[[[[]]]]]}},
     ],
 )  # fmt: skip
 def test_manifests_that_are_not_credible_are_refused(copied: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -411,6 +412,15 @@ def test_manifests_that_are_not_credible_are_refused(copied: Path, tmp_path: Pat
         damaged_manifest(copied, name, **changes)
     with pytest.raises(UserError, match=r"^data\.folder = [^\n]*what its manifest records of the captions' states"):
         read(copied, tmp_path)
+
+
+def test_a_manifest_that_is_nested_deeply_is_none(copied: Path, tmp_path: Path) -> None:
+    about = manifest(copied)
+    for depth in (60, 600, 100_000):
+        text = json.dumps(about | {"x": "nested"}).replace('"nested"', "[" * depth + "]" * depth)
+        (copied / "train.manifest.json").write_text(text)
+        with pytest.raises(UserError, match=r"^data\.text = longest: [^\n]* contains no states of captions"):
+            read(copied, tmp_path)
 
 
 def test_sets_whose_captions_differ_are_refused(copied: Path, tmp_path: Path) -> None:

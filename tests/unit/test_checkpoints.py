@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import time
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,7 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_tools import Called, Canary, claimed, deflated, poison
+from checkpoint_tools import (
+    NESTED,
+    Called,
+    Canary,
+    claimed,
+    deflated,
+    hand_made,
+    nested_encoding,
+    nested_storage,
+    poison,
+    tensor_of,
+)
 from safetensors.torch import load_file, save_file
 
 from mvsplit.training.checkpoint_format import COMPLETE, MANIFEST, STATE, Saved, Slice, Tensors, newest, remove
@@ -162,19 +172,6 @@ def claiming(file: Path) -> bytes:
     return claimed(file, 70_000, 700_000)
 
 
-def pickled(content: bytes) -> Callable[[Path], bytes]:
-    """A state whose containers are written by hand."""
-
-    def make(file: Path) -> bytes:
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("state/data.pkl", content)
-        return file.read_bytes()
-
-    return make
-
-
-TUPLES = b"\x80\x02}" + b")q\x00" + b"h\x00h\x00\x86q\x00" * 60
-"""An empty dictionary, and a tuple of two tuples of two …: 2^60 of them to whoever looks at all."""
 TEXT = b"X" + (1 << 20).to_bytes(4, "little") + b"a" * (1 << 20) + b"q\x00X\x06\x00\x00\x00latin1q\x01"
 
 STATES: dict[str, tuple[Callable[[Path], bytes], str]] = {
@@ -183,16 +180,22 @@ STATES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "claimed": (claiming, "a tensor claims more values than are stored"),
     "made when it is read": (stored(Called(bytearray, 1 << 36)), "bytearray"),
     "called": (stored(Called(os.getpid)), "posix.getpid"),
-    "a key that never hashes": (pickled(b"\x80\x02" + TUPLES[3:] + b"}h\x00K\x01s."), "a key is a container"),
-    "keys that never hash": (pickled(b"\x80\x02}(" + TUPLES[3:] + b"K\x01u."), "a key is a container"),
+    "a key that never hashes": (hand_made(b"\x80\x02" + NESTED + b"}h\x00K\x01s."), "a key is a container"),
+    "keys that never hash": (hand_made(b"\x80\x02}(" + NESTED + b"K\x01u."), "a key is a container"),
     "a set that never hashes": (
-        pickled(b"\x80\x02c__builtin__\nset\n](" + TUPLES[3:] + b"h\x00e\x85R."),
+        hand_made(b"\x80\x02c__builtin__\nset\n](" + NESTED + b"h\x00e\x85R."),
         "a set of containers",
     ),
     "made again and again": (
-        pickled(b"\x80\x02" + TEXT + b"](" + b"c_codecs\nencode\nh\x00h\x01\x86R" * 5000 + b"e."),
+        hand_made(b"\x80\x02" + TEXT + b"](" + b"c_codecs\nencode\nh\x00h\x01\x86R" * 5000 + b"e."),
         "more than 2 MiB of containers",
     ),
+    "a storage that never hashes": (hand_made(nested_storage), "a tensor without storage"),
+    "an encoding that is never shown": (hand_made(nested_encoding), "bytes of another encoding than latin1"),
+    "a long key": (hand_made(b"\x80\x02}(" + b"N" * 17 + b"tNs."), "a key is a container"),
+    "a size of tuples": (hand_made(tensor_of(b"J\x00\x00\x00\x10)\x85")), "a tensor without a place"),
+    "a size of text": (hand_made(tensor_of(b"J\x00\x00\x00\x10X\x01\x00\x00\x00a")), "a tensor without a place"),
+    "many sizes": (hand_made(tensor_of(b"K\x01" * 60_000)), "a tensor without a shape"),
     "of small parts": (stored([[] for _ in range(400_000)]), "more than 2 MiB of containers"),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,10 +20,13 @@ from reference_dit import ReferenceDiT, save_release
 from safetensors.torch import load_file, save_file
 
 from mvsplit.training.hub_folder import CARD, INDEX, WHOLE
+from mvsplit.training.model_card import FLUX2_CALL, without_places
+from mvsplit.training.release_layout import LATENTS
 from mvsplit.training.saved_run import SavedRun
 from mvsplit.training.tensor_files import MAX_HEADER
 from mvsplit.utils.config import to_plain
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.locks import sole_writer
 from mvsplit.utils.run_dirs import HUB_CONFIG, find_checkpoint
 
 SHARDED = "shard_gb=0.0001"
@@ -145,6 +149,64 @@ def test_the_card_describes_the_run_and_nothing_of_the_machine(folder: Path, tmp
             assert secret.encode() not in content, f"{secret} in {file.name}"
 
 
+PUBLIC = {
+    "s3://AKIA123:SECRETKEY": None, "s3:/AKIA123": None, "http://10.0.0.3:9000": None, "http://10.0.0.3:9000/": None,
+    "https://alice:pw@host/file.npz": "file.npz", "https://host/x?token=secret": None, "//server/share": None,
+    "/home/alice": None, "/home/alice/": None, "C:\\Users\\alice": None, "file:///home/alice": None, "/root": None,
+    "/home/alice/set/digits": "digits", "alice@host": None, "AKIA123:SECRET": None, "/data/AKIA:SECRET": None,
+    "a photo: a dog": "a photo: a dog", "digits": "digits",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PUBLIC)
+def test_nothing_of_an_address_or_a_home_is_published(place: str) -> None:
+    kept = PUBLIC[place]
+    assert without_places({"a": [place]}) == {"a": [kept]}
+    assert without_places({place: 1}) == ({} if kept is None else {kept: 1})
+
+
+def test_a_card_shows_only_finite_metrics_of_plain_names(folder: Path, tmp_path: Path) -> None:
+    text = '{"eval/fid": 2.25, "val/loss": 0.5, "eval/big": 1%s, "eval/nan": NaN, "eval/inf": -Infinity, "eval/a|b": 1,'
+    text += '"\\n# Hacked": 1, "12345secret": 2, "protocol": {"/home/alice": 1, "h": "http://10.0.0.3:9000"}}'
+    (tmp_path / "metrics.json").write_text(text % ("0" * 400))
+    card = (run(tmp_path, f"ckpt_path={folder}", f"metrics={tmp_path}/metrics.json") / CARD).read_text()
+    shown = card.split("## Metrics")[1].split("## Use")[0]
+    assert [line for line in shown.splitlines() if line.startswith("| ")] == ["| | |", "| eval/fid | 2.25 |"]
+    assert json.loads(shown.split("```json")[1].split("```")[0]) == {"h": None}
+    assert "| samples |" not in card
+    for text in ('{"eval/fid": 1, "protocol": %s}', "%s"):
+        (tmp_path / "metrics.json").write_text(text % ("[" * 980 + "]" * 980))
+        with pytest.raises(UserError, match=r"metrics\.json: nested more than 50 levels deep"):
+            run(tmp_path, f"ckpt_path={folder}", f"metrics={tmp_path}/metrics.json", f"output={tmp_path}/none")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "call", "command", "notes"),
+    [
+        (LATENTS["encoder"], f", autoencoder={FLUX2_CALL})", "ckpt_path=hub autoencoder=flux2 'classes=[0,1,2]'", 0),
+        ({"name": "Tiny"}, "[0, 1, 2])", "ckpt_path=hub 'classes=[0,1,2]'", 2),
+    ],
+)
+def test_a_card_says_what_decodes_latents(
+    config: Callable[..., DictConfig], tmp_path: Path, encoder: Any, call: str, command: str, notes: int
+) -> None:
+    latents = {"encoder": encoder, "mean": None, "std": None, "own": True}
+    folder = random_run(to_plain(config()), tmp_path, {"samples": 40, "latents": latents})
+    card = (run(tmp_path, f"ckpt_path={folder}") / CARD).read_text()
+    assert f"{call}\n" in card
+    assert f"{command}\n" in card
+    assert card.count("# Draws latents; autoencoder=… decodes them, the one of the training set: Tiny\n") == notes
+    assert ("import Diffusers\n" in card) == (not notes)
+
+
+def test_two_processes_do_not_write_one_folder(folder: Path, tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "hub"), pytest.raises(UserError, match=r"^output = .*: another process is writing th"):
+        run(tmp_path, f"ckpt_path={folder}")
+    before = {path.name for path in tmp_path.iterdir()}
+    run(tmp_path, f"ckpt_path={folder}")
+    assert {path.name for path in tmp_path.iterdir()} == before | {"hub"}
+
+
 def test_a_release_becomes_a_folder_for_prompts(tmp_path: Path) -> None:
     save_release(tmp_path / "model.pt", ReferenceDiT(text=24, depth=2))
     hub = run(tmp_path, f"release={tmp_path}/model.pt", "num_heads=2", "dtype=bfloat16")
@@ -157,7 +219,8 @@ def test_a_release_becomes_a_folder_for_prompts(tmp_path: Path) -> None:
     card = (hub / CARD).read_text()
     for text in ("pipeline_tag: text-to-image", 'sample(prompts=["a corgi', "'prompts=[\"a corgi", "Qwen3", "bfloat16"):
         assert text in card
-    for text in ("| steps |", "optim", "averaged", "set |"):  # a release does not record them
+    assert "\npython src/sample.py ckpt_path=hub protocol=released 'prompts=[\"a corgi in the snow\"]'\n" in card
+    for text in ("data.num_classes", "| steps |", "optim", "averaged", "set |"):  # a release does not record them
         assert text not in card
     assert "| flow.time_shift | 4.0 |" in card
 
@@ -195,6 +258,20 @@ def huge_header(hub: Path) -> None:
     next(hub.glob("model-*")).write_bytes((MAX_HEADER + 1).to_bytes(8, "little") + b"{" * 100)
 
 
+def nested(depth: int, key: str) -> Callable[[Path], None]:
+    def edit(hub: Path) -> None:
+        text = json.dumps(json.loads((hub / HUB_CONFIG).read_text()) | {key: "nested"})
+        (hub / HUB_CONFIG).write_text(text.replace('"nested"', "[" * depth + "]" * depth))
+
+    return edit
+
+
+def absurd(hub: Path) -> None:
+    """No values, but of a shape that cannot be."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [0, 2**62, 3], "data_offsets": [0, 0]}}).encode()
+    (sorted(hub.glob("model-*"))[0]).write_bytes(len(header).to_bytes(8, "little") + header)
+
+
 def first_doubled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([value, value]) for name, value in tensors.items()}
 
@@ -211,6 +288,11 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no map": (edited(INDEX, lambda found: {"weight_map": []}), "has no `weight_map`"),
     "no config": (edited(HUB_CONFIG, lambda found: {"architectures": ["x"]}), "was not written by this project's"),
     "no step": (edited(HUB_CONFIG, lambda found: found | {"step": "5"}), "was not written by this project's"),
+    "a deep config": (nested(900, "config"), r"config\.json: nested more than 50 levels deep"),
+    "deep text": (nested(60, "text"), r"config\.json: nested more than 50 levels deep"),
+    "very deep latents": (nested(100_000, "latents"), r"config\.json: nested more than 50 levels deep"),
+    "an absurd shape": (absurd, "is missing or damaged .*impossible shape"),
+    "a long name": (with_tensors(lambda found: found | {"x" * 5000: torch.zeros(1)}), "lists other tensors of .* than"),
     "code": (
         edited(HUB_CONFIG, lambda found: {**found, "config": {**found["config"], "model": {"_target_": "os.system"}}}),
         r"model\._target_ = os\.system: must be a class of mvsplit\.models in a saved config",
@@ -235,6 +317,7 @@ def test_a_folder_that_was_tampered_with_is_refused_in_one_line(folder: Path, tm
     with pytest.raises(UserError, match=message) as found:
         SavedRun(hub, "ema")
     assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 300 + len(str(hub))
 
 
 def test_a_link_as_in_the_hubs_cache_is_followed(folder: Path, tmp_path: Path) -> None:
@@ -265,6 +348,9 @@ def test_nothing_else_is_overwritten_or_removed(folder: Path, tmp_path: Path) ->
     (tmp_path / "hub.partial" / "mine").rename(tmp_path / "hub.partial" / WHOLE)  # left by a killed process
     assert {path.name for path in run(tmp_path, f"ckpt_path={folder}").iterdir()} == {WHOLE, HUB_CONFIG, CARD}
     assert not (tmp_path / "hub.partial").exists()
+    for name in (".", "/", ".."):
+        with pytest.raises(UserError, match=rf"^output = {re.escape(name)}: must be the name of a new folder$"):
+            run(tmp_path, f"ckpt_path={folder}", f"output={name}")
     with pytest.raises(UserError, match=r"license = 'MIT: x': "):
         run(tmp_path, f"ckpt_path={folder}", "license='MIT: x'")
 

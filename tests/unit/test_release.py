@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_tools import Canary, claimed, deflated
+from checkpoint_tools import Canary, claimed, deflated, hand_made, nested_encoding, nested_storage, tensor_of
 from conftest import compose_config, convert_here
 from random_weights import random_run
 from reference_dit import ReferenceDiT, euler, release_state, save_release, save_sparse
@@ -23,6 +23,7 @@ from mvsplit.training.saved_run import SavedRun
 from mvsplit.training.tensor_files import Stored
 from mvsplit.utils.config import to_plain
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.locks import sole_writer
 
 
 def run(tmp_path: Path, *overrides: str) -> Path:
@@ -85,6 +86,32 @@ def test_a_release_brings_what_is_known_of_it(tmp_path: Path) -> None:
     assert saved.latents is not None
     assert saved.latents.own
     assert saved.latents.encoder == {"name": "Diffusers", "model": "AutoencoderKLFlux2"}
+
+
+@pytest.mark.parametrize(("patch", "side"), [(3, 15), (32, 32)])
+def test_patches_that_do_not_divide_the_usual_size_are_loaded(tmp_path: Path, patch: int, side: int) -> None:
+    save_release(tmp_path / "model.pt", reference(text=24, depth=1, patch=patch, channels=2))
+    saved = SavedRun(run(tmp_path, f"release={tmp_path}/model.pt", "num_heads=2"), "ema")
+    assert saved.network.input_shape == (2, side, side)
+
+
+def test_a_release_is_no_checkpoint(tmp_path: Path) -> None:
+    save_release(tmp_path / "model.pt", reference(depth=1))
+    with pytest.raises(UserError, match=r"^ckpt_path = .*: a file of torch\.save; src/convert\.py release=… reads"):
+        SavedRun(tmp_path / "model.pt", "ema")
+
+
+def test_an_export_is_alone_and_removes_what_killed_ones_left(tmp_path: Path) -> None:
+    save_release(tmp_path / "model.pt", reference(depth=1))
+    file = run(tmp_path, f"release={tmp_path}/model.pt", "num_heads=2")
+    left, other = tmp_path / "again.pt.123.partial", tmp_path / "other.pt.123.partial"
+    for path in (left, other):
+        path.touch()
+    for target in (tmp_path / "again.pt", file):
+        with sole_writer(target), pytest.raises(UserError, match=r"^output = .*: another process is writing there$"):
+            run(tmp_path, f"ckpt_path={file}", f"export={target.suffix == '.pt'}", "weights=[ema]", f"output={target}")
+    run(tmp_path, f"ckpt_path={file}", "export=true", f"output={tmp_path}/again.pt")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", file.name, "again.pt", other.name}
 
 
 @pytest.mark.parametrize("ones", ["all", "inputs", "none"])
@@ -180,6 +207,15 @@ WRONG: dict[str, tuple[Callable[[State], Any], str]] = {
         changed("blocks.0.operator.qk_norm.key_norm.weight", torch.ones(16)),
         r"has shape \(16,\), must",
     ),
+    "of one value": (
+        lambda state: (
+            {key: state["blocks.0.operator.q_proj.weight"][: len(value)] for key, value in state.items()}
+            | {f"blocks.{i}.operator.q_proj.weight": state["blocks.0.operator.q_proj.weight"] for i in range(40)}
+        ),
+        "its tensors share values, and together claim more than are stored",
+    ),
+    "a key that is a number": (lambda state: {**state, 3: torch.zeros(1)}, "a key is a int, must be a tensor's name"),
+    "a long name": (changed("a\n" + "x" * 4000, torch.zeros(1)), r"contains 'a\\nx{90,98}', which"),
     "of numbers": (changed("final_proj.bias", torch.zeros(8, dtype=torch.int64)), "must be floating-point"),
     "of two types": (
         changed("blocks.1.operator.v_proj.weight", torch.zeros(64, 64).bfloat16()),
@@ -203,6 +239,7 @@ def test_what_is_not_the_release_is_named_in_one_line(tmp_path: Path, name: str)
     with pytest.raises(UserError, match=f"^release = .*{message}") as found:
         open_release(tmp_path / "model.pt", 2, base(), [16, 16]).verify()
     assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 300 + len(str(tmp_path))
 
 
 def test_nothing_is_written_of_a_release_that_is_refused(tmp_path: Path) -> None:
@@ -279,8 +316,18 @@ def many_containers(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def other_protocol(path: Path) -> bytes:
+    torch.save(release_state(reference(depth=1)), path, pickle_protocol=4)
+    return path.read_bytes()
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "code": (code, r"it names \S+, but only tensors and plain containers are read"),
+    "protocol 4": (other_protocol, "pickle protocol 4; only protocol 2, PyTorch's default, is read"),
+    "a storage that never hashes": (hand_made(nested_storage), "a tensor without storage"),
+    "an encoding that is never shown": (hand_made(nested_encoding), "bytes of another encoding than latin1"),
+    "a long key": (hand_made(b"\x80\x02}(" + b"N" * 17 + b"tNs."), "a key is a container"),
+    "an absurd shape": (hand_made(tensor_of(b"K\x00\x8a\x08" + b"\xff" * 7 + b"\x0fK\x03")), "a tensor with.* shape"),
     "attributes": (called_by_attributes, "attributes of a dict"),
     "truncated": (truncated, "not a zip file"),
     "moved": (moved, "Bad magic|not where the directory says|truncated|ends at byte"),
@@ -307,8 +354,9 @@ def test_a_file_that_means_harm_is_refused_in_one_line(tmp_path: Path, name: str
 
 
 def test_devices_and_missing_files_are_not_read(tmp_path: Path) -> None:
-    for path, message in (("/dev/zero", "not a regular file"), (f"{tmp_path}/none.pt", "no such file")):
-        with pytest.raises(UserError, match=rf"release = {path}: {message}"):
+    long = ("x" * 300, "File name too long")
+    for path, message in (("/dev/zero", "not a regular file"), (f"{tmp_path}/none.pt", "no such file"), long):
+        with pytest.raises(UserError, match=rf"release = {path[:100]}\S*: {message}"):
             run(tmp_path, f"release={path}")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from mvsplit.data.tars import MAX_MEMBER
 from mvsplit.data.text_encoder import Padding
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.limits import is_shallow
 
 NULL = "null.safetensors"
 """Name of the file with the empty caption's states."""
@@ -29,6 +30,8 @@ HEADER = 4096
 """Largest size of the names and shapes in a member, in bytes."""
 MAX_IDENTITY = 1 << 14
 """Largest identity of an encoder that a checkpoint takes along, in bytes of JSON."""
+MAX_LEVELS = 4
+"""How deep its lists and dictionaries may be nested; ours has one level."""
 PLACES = ("path", "revision")
 """Keys of an identity that say where an encoder was found, not what it is."""
 
@@ -67,7 +70,9 @@ class CaptionStates:
         fields = ("encoder", "tokens", "width", "dtype")
         encoder, tokens, width, dtype = map(record.get, fields) if isinstance(record, dict) else ("", 0, 0, "")
         invalid = UserError(f"data.folder = {folder}: what its manifest records of the captions' states is not valid")
-        if not (isinstance(encoder, dict) and isinstance(dtype, str) and len(json.dumps(encoder)) <= MAX_IDENTITY):
+        if not isinstance(encoder, dict) or not is_shallow(encoder, MAX_LEVELS) or not isinstance(dtype, str):
+            raise invalid
+        if len(json.dumps(encoder)) > MAX_IDENTITY:
             raise invalid
         if type(tokens) is not int or type(width) is not int or dtype not in DTYPES:
             raise invalid

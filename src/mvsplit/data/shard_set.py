@@ -13,6 +13,7 @@ from mvsplit.data.formats import Format, Manifest
 from mvsplit.data.remote import is_remote
 from mvsplit.data.storage import Storage, expand_braces
 from mvsplit.utils.errors import UserError
+from mvsplit.utils.limits import is_shallow
 
 INFO = "_info.json"
 """Name of the file in which the publisher of a set lists how many samples its shards contain."""
@@ -113,8 +114,9 @@ def own_index(pattern: str) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    """The content of a file that may come from anywhere; None if it does not exist or is not valid JSON."""
+    """The content of a file that may come from anywhere; None if there is none, or it is not JSON of credible depth."""
     try:
-        return json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size <= MAX_JSON else None
+        content = json.loads(path.read_bytes()) if path.is_file() and path.stat().st_size <= MAX_JSON else None
+        return content if is_shallow(content) else None
     except (OSError, ValueError, RecursionError):
         return None

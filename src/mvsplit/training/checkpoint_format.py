@@ -15,7 +15,6 @@ end (`checkpoint_writer.py`). Only state.pt is ever unpickled, and only into ten
 """
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -33,7 +32,7 @@ from torch import Tensor
 from mvsplit.training.state_file import read_state
 from mvsplit.training.tensor_files import SafetensorsFile
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.limits import parse_json, read_small
+from mvsplit.utils.limits import MAX_REASON, parse_json, read_small
 
 MANIFEST, COMPLETE, STATE, PARTIAL = "manifest.json", "COMPLETE", "state.pt", ".partial"
 CHECKPOINT_FILE = re.compile(rf"{MANIFEST}|{COMPLETE}|{STATE}|\w+-\d{{5}}\.safetensors")
@@ -204,7 +203,7 @@ class Tensors:
     def _open(self, path: Path) -> None:
         try:
             file = SafetensorsFile(path)
-            slices = json.loads(file.metadata["slices"])
+            slices = parse_json(file.metadata["slices"], str(path))
             for name, part in file.tensors.items():
                 start, *shape = (int(number) for number in slices[name])
                 (length,) = part.shape
@@ -214,7 +213,7 @@ class Tensors:
                     raise ValueError(f"'{name}' has two types")
                 self._places.setdefault(name, []).append((start, start + length, (file, part.offset)))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged, or not a file of slices ({error})") from None
+            raise UserError(f"{path}: damaged, or not a file of slices ({str(error)[:MAX_REASON]})") from None
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes

@@ -30,10 +30,10 @@ def check_fits(saved: Mapping[str, Sequence[int]], network: Mapping[str, Sequenc
     for name in sorted(saved.keys() | network.keys()):
         if name not in saved or name not in network:
             where = "the checkpoint" if name not in saved else "the network of this config"
-            raise UserError(f"ckpt_path: the checkpoint belongs to another network; {where} has no '{name}'")
+            raise UserError(f"ckpt_path: the checkpoint belongs to another network; {where} has no {name[:100]!r}")
         if tuple(saved[name]) != tuple(network[name]):
             raise UserError(
-                f"ckpt_path: the checkpoint belongs to another network; '{name}' has shape"
+                f"ckpt_path: the checkpoint belongs to another network; {name[:100]!r} has shape"
                 f" {tuple(saved[name])} there and {tuple(network[name])} here"
             )
 

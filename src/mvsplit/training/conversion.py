@@ -4,6 +4,7 @@ One tensor is in memory at a time. What is written appears whole or not at all.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mvsplit.training.checkpoint_format import COMPLETE, PARTIAL
 from mvsplit.training.checkpoint_writer import write_safetensors
-from mvsplit.training.hub_folder import write_hub_folder
+from mvsplit.training.hub_folder import check_hub_output, write_hub_folder
 from mvsplit.training.model_card import model_card, without_places
 from mvsplit.training.release_file import write_release
 from mvsplit.training.release_layout import ASSUMED, exported, value_at
@@ -22,7 +23,8 @@ from mvsplit.training.weight_sources import Source, open_sources
 from mvsplit.utils.console import info, track
 from mvsplit.utils.errors import UserError
 from mvsplit.utils.files import whole_file
-from mvsplit.utils.limits import parse_json, read_small
+from mvsplit.utils.limits import MAX_REASON, parse_json, read_small
+from mvsplit.utils.locks import sole_writer
 
 Sizes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Sources = Mapping[str, Source]
@@ -53,12 +55,13 @@ def write_file(sources: Sources, output: Path, dtype: torch.dtype | None) -> int
     _check_file(output, ".safetensors")
     sizes, values = _tensors(sources, dtype)
     partial = output.with_name(output.name + PARTIAL)
-    partial.unlink(missing_ok=True)
-    try:
-        write_safetensors(partial, sizes, values, next(iter(sources.values())).about)
-        partial.replace(output)
-    finally:
+    with sole_writer(output):
         partial.unlink(missing_ok=True)
+        try:
+            write_safetensors(partial, sizes, values, next(iter(sources.values())).about)
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
     return len(sizes)
 
 
@@ -84,9 +87,19 @@ def export(source: Source, output: Path, dtype: torch.dtype | None) -> int:
         if (ours := value_at(config, key, theirs)) != theirs:
             info(f"{key} = {ours}: the release's code computes with {theirs}")
     source.verify()
-    with whole_file(output) as file:
-        write_release(file, sizes, _tracked(values, len(sizes)))
+    with sole_writer(output):
+        _remove_left(output)
+        with whole_file(output) as file:
+            write_release(file, sizes, _tracked(values, len(sizes)))
     return len(sizes)
+
+
+def _remove_left(output: Path) -> None:
+    """Remove what killed processes left of this `whole_file`."""
+    for path in output.parent.iterdir():
+        ours = path.name.startswith(output.name) and re.fullmatch(r"\.\d+\.partial", path.name[len(output.name) :])
+        if ours and (path.is_symlink() or path.is_file()):
+            path.unlink(missing_ok=True)
 
 
 def write_hub(
@@ -108,6 +121,7 @@ def write_hub(
     Raises:
         UserError: if the weights cannot be described without paths of this machine, or `output` cannot be written.
     """
+    check_hub_output(output)
     prefix, source = next(iter(sources.items()))
     config = portable(source.config)
     check_saved_config(config)
@@ -158,4 +172,4 @@ def _check_places(key: str, value: Any) -> None:
         for name, child in value.items() if isinstance(value, dict) else enumerate(value):
             _check_places(f"{key}.{name}".lstrip("."), child)
     elif isinstance(value, str) and ("/" in value or "\\" in value):
-        raise UserError(f"{key} = {value}: a network that reads a file cannot be published in a folder")
+        raise UserError(f"{key} = {value[:MAX_REASON]}: a network that reads a file cannot be published in a folder")

@@ -26,7 +26,8 @@ from mvsplit.training.checkpoint_writer import write_safetensors
 from mvsplit.training.saved_config import portable
 from mvsplit.training.tensor_files import SafetensorsFile, Stored
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.limits import parse_json, read_small
+from mvsplit.utils.limits import MAX_REASON, parse_json, read_small
+from mvsplit.utils.locks import sole_writer
 from mvsplit.utils.run_dirs import HUB_CONFIG
 
 WHOLE, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
@@ -53,7 +54,7 @@ class HubFolder:
         self.path = path
         about = parse_json(read_small(path / HUB_CONFIG), str(path / HUB_CONFIG))
         config = about.get("config") if isinstance(about, dict) else None
-        if not isinstance(config, dict) or "mvsplit" not in about or type(about.get("step")) is not int:
+        if not isinstance(config, dict) or "mvsplit" not in about or not _is_step(about.get("step")):
             raise UserError(f"ckpt_path = {path}: {HUB_CONFIG} was not written by this project's src/convert.py")
         self.about, self.step, self.config = about, about["step"], portable(config)
         self.tensors: dict[str, tuple[SafetensorsFile, Stored]] = {}
@@ -87,7 +88,13 @@ class HubFolder:
         try:
             return SafetensorsFile(self.path / name)
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"ckpt_path = {self.path}: {name} is missing or damaged ({error})") from None
+            raise UserError(
+                f"ckpt_path = {self.path}: {name} is missing or damaged ({str(error)[:MAX_REASON]})"
+            ) from None
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def write_hub_folder(
@@ -106,13 +113,29 @@ def write_hub_folder(
         part_bytes: largest size of a file of weights, unless a single tensor is larger.
 
     Raises:
-        UserError: if the folder exists and is not empty, or its parent does not exist.
+        UserError: if the folder exists and is not empty, its parent does not exist, or another process is writing it.
     """
-    partial = output.with_name(output.name + ".partial")
+    check_hub_output(output)
+    with sole_writer(output):
+        check_hub_output(output)  # again: another process may just have finished
+        _write(output, sizes, values, about, metadata, card, part_bytes)
+
+
+def check_hub_output(output: Path) -> None:
+    """Raises `UserError` if this cannot be a new folder."""
+    if output.name in ("", ".."):
+        raise UserError(f"output = {output}: must be the name of a new folder")
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise UserError(f"output = {output}: exists; must be a new folder")
     if not output.parent.is_dir():
         raise UserError(f"output = {output}: the folder that is to contain it does not exist")
+
+
+def _write(
+    output: Path, sizes: Sizes, values: Iterator[Tensor], about: dict[str, Any], metadata: dict[str, str],
+    card: str, part_bytes: float,
+) -> None:  # fmt: skip
+    partial = output.with_name(output.name + ".partial")
     _remove_unfinished(partial)
     partial.mkdir()
     try:

@@ -6,7 +6,6 @@ Only numbers and single words are taken from a config: no paths, addresses or ot
 import json
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -14,12 +13,20 @@ import torch
 from mvsplit import __version__
 from mvsplit.training.weight_sources import Source
 
-WORD = re.compile(r"[A-Za-z0-9][\w.+:-]{0,60}")
+WORD = re.compile(r"[A-Za-z0-9][\w.+-]{0,60}", re.ASCII)
 PLACES = ("checkpoint", "folder", "output", "subfolder")
 """Keys of records that say where something was."""
+HOMES = ("home", "Users", "users")
+"""Folders that contain folders named after users."""
+PARTS = re.compile(r"\S[:@]\S")
+"""Parts of an address: host and port, or a user's name."""
 MAX_LEVELS = 8
+MAX_NUMBER = 1 << 63
 ENCODER = "Qwen/Qwen3-0.6B"
 """The text encoder that the card names: the default."""
+FLUX2 = {"name": "Diffusers", "model": "AutoencoderKLFlux2"}
+"""What is recorded of the autoencoder that the card can name."""
+FLUX2_CALL = 'Diffusers("black-forest-labs/FLUX.2-klein-4B", "AutoencoderKLFlux2", subfolder="vae")'
 
 
 def model_card(
@@ -69,12 +76,13 @@ def model_card(
 
 
 def _data(source: Source) -> dict[str, str]:
-    rows = _words(source.config["data"], "data", ("image_size", "channels", "num_classes"))
+    keys = ("image_size", "channels") if source.text is not None else ("image_size", "channels", "num_classes")
+    rows = _words(source.config["data"], "data", keys)
     folder = source.config["data"].get("folder")
-    if isinstance(folder, str) and (name := _word(PurePosixPath(folder).name)):
+    if isinstance(folder, str) and (name := _word(without_places(folder))):
         rows["set"] = name
     recorded = source.data if isinstance(source.data, dict) else {}
-    rows |= {key: word for key in ("fingerprint", "samples") if (word := _word(recorded.get(key)))}
+    rows |= {key: word for key in ("fingerprint",) if (word := _word(recorded.get(key)))}
     for key, record in (("latents", source.latents), ("text", source.text)):
         if isinstance(record, dict):
             rows |= _words(without_places(record.get("encoder")), f"{key}.encoder")
@@ -98,8 +106,9 @@ def _training(source: Source) -> dict[str, str]:
 def _metrics(metrics: dict[str, Any] | None) -> list[str]:
     if metrics is None:
         return []
-    numbers = {key: f"{value:.6g}" for key, value in metrics.items() if type(value) in (int, float) and _word(key[5:])}
-    lines = _table("Metrics", {key: value for key, value in numbers.items() if key != "step"})
+    measured = {key: value for key, value in metrics.items() if key.startswith("eval/") and _word(key[5:])}
+    numbers = {key: f"{value:.6g}" for key, value in measured.items() if _is_number(value)}
+    lines = _table("Metrics", numbers)
     protocol = without_places(metrics.get("protocol"))
     if protocol:
         text = json.dumps(protocol, indent=2, ensure_ascii=True).replace("`", "'")
@@ -117,14 +126,29 @@ def _use(name: str, source: Source, raw: bool) -> list[str]:
         call = f'prompts=["a corgi in the snow"], text_encoder=TextEncoder("{ENCODER}"{arguments})'
         override = "'prompts=[\"a corgi in the snow\"]'"
         override += "".join(f" text_encoder.{key}={value}" for key, value in settings.items())
+    notes: list[str] = []
+    encoder = source.latents.get("encoder") if isinstance(source.latents, dict) else None
+    flux2 = isinstance(encoder, dict) and {key: encoder.get(key) for key in FLUX2} == FLUX2
+    if flux2:
+        imports = imports.replace("mvsplit\n", "mvsplit\nfrom mvsplit.data.autoencoders import Diffusers\n", 1)
+        call += f", autoencoder={FLUX2_CALL}"
+    elif source.latents is not None:
+        kind = _word(encoder.get("name")) if isinstance(encoder, dict) else None
+        notes = [f"# Draws latents; autoencoder=… decodes them, the one of the training set: {kind or 'unknown'}"]
+    if flux2 and source.text is not None and not source.step:  # as the authors draw from their release
+        options = "protocol=released "
+    else:
+        options = "autoencoder=flux2 " if flux2 else ""
     return [
         "\n## Use\n",
         "```python",
         imports,
+        *notes,
         f'images = mvsplit.load("{name}"{option}).sample({call})',
         "```\n",
         "```bash",
-        f"python src/sample.py ckpt_path={name} {override}{weights}",
+        *notes,
+        f"python src/sample.py ckpt_path={name} {options}{override}{weights}",
         "```",
     ]
 
@@ -155,26 +179,36 @@ def _words(node: Any, path: str, keys: tuple[str, ...] | None = None) -> dict[st
 
 def _word(value: Any) -> str | None:
     """A number, a word, or a short list of them; None for anything else."""
-    if isinstance(value, list) and 0 < len(value) <= 4 and all(type(one) in (int, float) for one in value):
+    if isinstance(value, list) and 0 < len(value) <= 4 and all(map(_is_number, value)):
         return " × ".join(map(str, value))
-    if type(value) in (bool, int, float):
+    if type(value) is bool or _is_number(value):
         return str(value).lower()
     return value if isinstance(value, str) and WORD.fullmatch(value) else None
 
 
-def without_places(value: Any, level: int = 0) -> Any:
-    """A record without the places of files: of a path, only the last part is left.
+def _is_number(value: Any) -> bool:
+    """Whether it can be shown: a number of the usual size, not NaN."""
+    return type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER
 
-    An address may contain a user's name and password.
+
+def without_places(value: Any, level: int = 0) -> Any:
+    """A record without the places of files: of a path, only the last part is left, and of an address not its host.
+
+    An address may contain a user's name and password, and a home folder has the name of its user.
     """
     if level > MAX_LEVELS:
         return None
     if isinstance(value, dict):
-        kept = {str(key): child for key, child in value.items() if key not in PLACES}
-        return {key: without_places(child, level + 1) for key, child in kept.items()}
+        named = [(without_places(str(key)), child) for key, child in value.items() if key not in PLACES]
+        return {key: without_places(child, level + 1) for key, child in named if key is not None}
     if isinstance(value, list):
         return [without_places(child, level + 1) for child in value]
     if isinstance(value, str) and ("/" in value or "\\" in value):
-        last = value.replace("\\", "/").rstrip("/").rpartition("/")[2]
-        return last if WORD.fullmatch(last) else None
+        before, _, last = value.replace("\\", "/").rstrip("/").rpartition("/")
+        parent = before.rpartition("/")[2]
+        host = before.endswith((":", "/")) or (before.startswith("//") and "/" not in before[2:])
+        private = host or parent in HOMES or (last == "root" and not before)
+        return last if WORD.fullmatch(last) and not private else None
+    if isinstance(value, str) and PARTS.search(value):
+        return None
     return value

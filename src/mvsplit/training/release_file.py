@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mvsplit.training.state_file import GLOBALS, STORAGES, PlainUnpickler
-from mvsplit.training.tensor_files import Stored, TensorFile
+from mvsplit.training.state_file import GLOBALS, STORAGES, PlainUnpickler, check_place, storage_of
+from mvsplit.training.tensor_files import Stored, TensorFile, check_shape
 from mvsplit.utils.errors import UserError
 
 MAX_PICKLE = 8 << 20
@@ -38,8 +38,9 @@ class _Storage(NamedTuple):
 
 def _place(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Stored:
     """`torch._utils._rebuild_tensor_v2`, but only the tensor's place."""
-    numbers = (offset, *size, *stride)
-    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers) or len(size) > 8:
+    check_place(offset, size, stride)
+    check_shape(size)
+    if not isinstance(storage, _Storage):
         raise ValueError("a tensor without storage")
     start, contiguous = storage.offset + offset * storage.dtype.itemsize, Stored(0, storage.dtype, tuple(size))
     steps = tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
@@ -78,14 +79,13 @@ class _Places(PlainUnpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in self.known:
-            raise ValueError(f"it names {module}.{name}, but only tensors and plain containers are read")
+            raise ValueError(f"it names {f'{module}.{name}'[:100]}, but only tensors and plain containers are read")
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """`pid` is ("storage", its type, its record's name, device, number of values)."""
-        _, dtype, key, _, count = pid
+        dtype, key, count = storage_of(pid)
         offset, size = self.record(f"data/{key}")
-        if not isinstance(dtype, torch.dtype) or type(count) is not int or size != count * dtype.itemsize:
+        if size != count * dtype.itemsize:
             raise ValueError("a tensor claims more values than are stored")
         return _Storage(dtype, offset, count)
 
@@ -111,9 +111,12 @@ class ReleaseFile(TensorFile):
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(f"release = {path}: {'not a regular file' if path.exists() else 'no such file'}")
-        super().__init__(path)
+        try:
+            if not path.is_file():
+                raise UserError(f"release = {path}: {'not a regular file' if path.exists() else 'no such file'}")
+            super().__init__(path)
+        except OSError as error:  # a name that is too long, or no permission
+            raise UserError(f"release = {str(path)[:100]}: {error.strerror}") from None
         try:
             found = self._containers()
         except Exception as error:  # a hand-made pickle can raise anything
@@ -126,8 +129,13 @@ class ReleaseFile(TensorFile):
         if not isinstance(found, dict) or not found:
             raise UserError(f"release = {path}: contains a {type(found).__name__}, must be tensors by name")
         for name, value in found.items():
-            if not isinstance(name, str) or not isinstance(value, Stored):
-                raise UserError(f"release = {path}: '{str(name)[:100]}' is a {type(value).__name__}, must be a tensor")
+            if not isinstance(name, str):
+                raise UserError(f"release = {path}: a key is a {type(name).__name__}, must be a tensor's name")
+            if not isinstance(value, Stored):
+                raise UserError(f"release = {path}: {name[:100]!r} is a {type(value).__name__}, must be a tensor")
+        claimed = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in found.values())
+        if claimed > path.stat().st_size:  # many tensors of the same few values
+            raise UserError(f"release = {path}: its tensors share values, and together claim more than are stored")
         self.tensors: dict[str, Stored] = dict(found)
 
     def _containers(self) -> Any:

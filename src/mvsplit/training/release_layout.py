@@ -165,7 +165,7 @@ def open_release(path: Path, num_heads: int | None, base: dict[str, Any], image_
         path: of a file that `torch.save` wrote.
         num_heads: H, which the shapes do not show; None for width / 128.
         base: config of a run of this project with the release's residual, flow and data.
-        image_size: [height, width] of its latents.
+        image_size: [height, width] of its latents, here in the nearest multiples of its patches.
 
     Raises:
         UserError: one line, for a file that is damaged or not in the release's layout.
@@ -174,12 +174,13 @@ def open_release(path: Path, num_heads: int | None, base: dict[str, Any], image_
     shapes = {key: stored.shape for key, stored in file.tensors.items()}
     sizes = sizes_of(shapes, num_heads, where)
     parts, ones = {part.name: part for part in sizes.parts()}, sizes.ones()
+    image_size = [max(1, round(side / sizes.patch_size)) * sizes.patch_size for side in image_size]
     needed = {key: shape for part in parts.values() for key, shape in part.keys.items()}
     for key in (*needed, *shapes):
         if key not in shapes:
             raise UserError(f"{where}: has no '{key}', which must have shape {needed[key]}")
         if key not in needed and key not in ones:
-            raise UserError(f"{where}: contains '{key[:100]}', which the layout of the released weights does not have")
+            raise UserError(f"{where}: contains {key[:100]!r}, which the layout of the released weights does not have")
         if shapes[key] != (expected := needed.get(key, ones.get(key))):
             raise UserError(f"{where}: '{key}' has shape {shapes[key]}, must have {expected}")
         if not file.tensors[key].dtype.is_floating_point:

@@ -16,8 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvsplit.training.tensor_files import MAX_DIMENSIONS
+from mvsplit.utils.limits import MAX_REASON
+
 MAX_PICKLE = 2 << 20
 """Bytes of pickled containers, which take up to 60 times as much memory; a typical state has 10 KiB."""
+MAX_KEY = 16
+"""Entries of a tuple that is a key: a tuple is hashed anew each time that it is used."""
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -43,12 +48,38 @@ def read_state(path: Path) -> Any:
             with archive.open(name) as file:
                 return _Data(file, archive, name.removesuffix("data.pkl")).load()
     except Exception as error:  # a hand-made pickle can raise anything
-        raise ValueError(f"{error or type(error).__name__}") from None
+        raise ValueError(str(error)[:MAX_REASON] or type(error).__name__) from None
+
+
+def check_place(offset: Any, size: Any, stride: Any) -> None:
+    """Check where a pickle says that a tensor is.
+
+    Raises:
+        ValueError: if these are not plain numbers, few and credible.
+    """
+    lengths = [len(part) if isinstance(part, tuple) else -1 for part in (size, stride)]
+    if not 0 <= lengths[0] <= MAX_DIMENSIONS or lengths[0] != lengths[1]:
+        raise ValueError("a tensor without a shape")
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in (offset, *size, *stride)):
+        raise ValueError("a tensor without a place")
+
+
+def storage_of(pid: Any) -> tuple[torch.dtype, str, int]:
+    """Type, record's name and number of values of ("storage", type, record's name, device, number of values).
+
+    Raises:
+        ValueError: for anything else. Nothing else is hashed or shown: nested tuples can take exponential time.
+    """
+    _, dtype, key, _, count = pid if type(pid) is tuple and len(pid) == 5 else [None] * 5
+    if not isinstance(dtype, torch.dtype) or type(key) is not str or len(key) > 20 or type(count) is not int:
+        raise ValueError("a tensor without storage")
+    return dtype, key, count
 
 
 def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     """`torch._utils._rebuild_tensor_v2`, but only as a view of stored values."""
-    if prod(size) > storage.numel():
+    check_place(offset, size, stride)
+    if not isinstance(storage, Tensor) or prod(size) > storage.numel():
         raise ValueError("a tensor claims more values than are stored")
     return storage.as_strided(size, stride, offset)
 
@@ -56,7 +87,9 @@ def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[
 def _is_plain(value: Any) -> bool:
     """Whether it hashes quickly: nested tuples that share their parts can take exponential time."""
     flat = (str, int, float, bool, type(None))
-    return isinstance(value, flat) or (isinstance(value, tuple) and all(isinstance(part, flat) for part in value))
+    if isinstance(value, tuple) and len(value) <= MAX_KEY:
+        return all(isinstance(part, flat) for part in value)
+    return isinstance(value, flat)
 
 
 def _set(items: Any = ()) -> set[Any]:
@@ -70,8 +103,8 @@ def _empty_dict() -> "OrderedDict[Any, Any]":
 
 
 def _bytes(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise ValueError(f"bytes encoded as {encoding}")
+    if type(text) is not str or type(encoding) is not str or encoding != "latin1":
+        raise ValueError("bytes of another encoding than latin1")
     return text.encode(encoding)
 
 
@@ -118,7 +151,12 @@ def _checked(opcode: bytes) -> Callable[[Any], None]:
             raise ValueError(f"more than {data.limit >> 20} MiB of containers")
         load(data)
 
-    return write if opcode in _TARGETS else reduce if opcode == pickle.REDUCE else load
+    def protocol(data: Any) -> None:
+        if (found := data.read(1)) != b"\x02":
+            raise ValueError(f"written with pickle protocol {found[0]}; only protocol 2, PyTorch's default, is read")
+
+    special = {pickle.REDUCE: reduce, pickle.PROTO: protocol}
+    return write if opcode in _TARGETS else special.get(opcode, load)
 
 
 class PlainUnpickler(pickle._Unpickler):  # in Python: the C version allocates memory for any memo index
@@ -133,7 +171,7 @@ class PlainUnpickler(pickle._Unpickler):  # in Python: the C version allocates m
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in self.known:
-            raise ValueError(f"{module}.{name}")
+            raise ValueError(f"{module}.{name}"[:MAX_REASON])
         return self.known[f"{module}.{name}"]
 
     dispatch = {opcode[0]: _checked(opcode) for opcode in _OPCODES}  # noqa: RUF012
@@ -148,8 +186,7 @@ class _Data(PlainUnpickler):
         self.storages: dict[str, Tensor] = {}
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """The storage of a tensor; `pid` is ("storage", its type, its record's name, device, number of values)."""
-        _, dtype, key, _, count = pid
+        dtype, key, count = storage_of(pid)
         if key not in self.storages:
             content = bytearray(self.archive.read(f"{self.folder}data/{key}"))
             if len(content) != count * dtype.itemsize:

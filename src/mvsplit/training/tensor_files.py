@@ -6,8 +6,10 @@ They are read, not mapped: pages of a mapped file count as memory of the process
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,8 +25,18 @@ DTYPES = {
 """Types by their names in a safetensors file."""
 MAX_HEADER = 16 << 20
 """Bytes of a safetensors header; 1000 blocks need 2 MiB."""
+MAX_DIMENSIONS = 8
+"""Of a tensor."""
 BUFFER = 1 << 22
 """Bytes that are converted at a time."""
+
+
+def check_shape(shape: Sequence[Any]) -> None:
+    """Raises `ValueError` for a shape that no tensor can have; a length of zero hides the others from products."""
+    if len(shape) > MAX_DIMENSIONS or not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"a tensor of {len(shape)} dimensions, or with lengths that are no numbers")
+    if math.prod(length for length in shape if length) >= 1 << 48:
+        raise ValueError("a tensor with an impossible shape")
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,7 @@ class SafetensorsFile(TensorFile):
         self.tensors: dict[str, Stored] = {}
         for name, about in header.items():
             if about["dtype"] not in DTYPES:
-                raise ValueError(f"'{name}' has type {about['dtype']}")
+                raise ValueError(f"{name[:100]!r} has type {about['dtype']}")
+            check_shape(about["shape"])
             offset = 8 + size + about["data_offsets"][0]
             self.tensors[name] = Stored(offset, DTYPES[about["dtype"]], tuple(about["shape"]))

@@ -18,7 +18,7 @@ from mvsplit.training.hub_folder import HubFolder
 from mvsplit.training.saved_config import parse_config, portable
 from mvsplit.training.tensor_files import SafetensorsFile, Stored, TensorFile
 from mvsplit.utils.errors import UserError
-from mvsplit.utils.limits import parse_json
+from mvsplit.utils.limits import MAX_REASON, parse_json
 from mvsplit.utils.run_dirs import is_hub_folder
 
 
@@ -91,6 +91,11 @@ def _open_checkpoint(path: Path, weights: str) -> Source:
 
 def _open_file(path: Path, weights: str) -> Source:
     try:
+        with path.open("rb") as raw:
+            if raw.read(4) == b"PK\x03\x04":
+                raise UserError(
+                    f"ckpt_path = {path}: a file of torch.save; src/convert.py release=… reads released weights"
+                )
         file = SafetensorsFile(path)
         about = file.metadata
         if not about.keys() >= {"mvsplit", "step", "config"}:
@@ -99,7 +104,9 @@ def _open_file(path: Path, weights: str) -> Source:
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"ckpt_path = {path}: damaged, or not a checkpoint of this project ({error})") from None
+        raise UserError(
+            f"ckpt_path = {path}: damaged, or not a checkpoint of this project ({str(error)[:MAX_REASON]})"
+        ) from None
     latents, text = (parse_json(about[key], str(path)) if key in about else None for key in ("latents", "text"))
     tensors = {name: (file, stored) for name, stored in file.tensors.items()}
     return _chosen(path, weights, step, parse_config(about["config"], str(path)), (latents, text), tensors)

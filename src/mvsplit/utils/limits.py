@@ -16,6 +16,8 @@ MAX_NODES, MAX_DEPTH = 20_000, 50
 """Size and depth of a YAML document, with its aliases expanded; a run's config has 400 nodes."""
 NUMBERS, MAX_DIGITS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"), 100
 """Parsing a number takes time that grows with the square of its digits."""
+MAX_REASON = 200
+"""Characters of a library's message in ours."""
 MAX_RESOLVED = 1_000_000
 """Characters of a composed config with its interpolations resolved; a run's has 20,000."""
 
@@ -39,11 +41,27 @@ def read_small(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def parse_json(text: bytes | str, where: str) -> Any:
-    """Raises `UserError` for invalid JSON."""
+    """Raises `UserError` for invalid JSON, and for what is nested too deeply."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+        content = json.loads(text)
+    except RecursionError:
+        content, shallow = None, False
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({str(error)[:MAX_REASON]})") from None
+    else:
+        shallow = is_shallow(content)
+    if not shallow:
+        raise UserError(f"{where}: nested more than {MAX_DEPTH} levels deep")
+    return content
+
+
+def is_shallow(content: Any, levels: int = MAX_DEPTH) -> bool:
+    """Whether lists and dictionaries are nested at most so deep; without recursion."""
+    below = [content] if isinstance(content, dict | list) else []
+    for _ in range(levels):
+        children = (child for one in below for child in (one.values() if isinstance(one, dict) else one))
+        below = [child for child in children if isinstance(child, dict | list)]
+    return not below
 
 
 def parse_yaml(text: bytes | str, where: str) -> Any:
@@ -51,7 +69,7 @@ def parse_yaml(text: bytes | str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=bounded(yaml.SafeLoader))
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML for a config ({' '.join(str(error).split())})") from None
+        raise UserError(f"{where}: not valid YAML for a config ({' '.join(str(error).split())[:MAX_REASON]})") from None
 
 
 def bounded(loader: type[yaml.SafeLoader]) -> type[yaml.SafeLoader]:
