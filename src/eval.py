@@ -76,10 +76,7 @@ def evaluate(cfg: DictConfig) -> dict[str, float]:
 
     run = load(config["ckpt_path"], config["weights"], config["precision"], config["paths"]["log_dir"])
     if config["num_samples"]:
-        try:
-            check_conditions(run, config["classes"], config["prompts"])
-        except UserError as error:
-            raise UserError(f"{error}; num_samples=0 measures only the validation loss") from None
+        check_conditions(run, config["classes"], config["prompts"], "; num_samples=0 measures only the validation loss")
     about: dict[str, Any] = {"checkpoint": str(run.path.resolve()), "step": run.step, "weights": config["weights"]}
     metrics: dict[str, float] = {}
     data = quality = None

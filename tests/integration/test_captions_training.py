@@ -231,7 +231,10 @@ def test_a_set_with_captions_and_without_classes_trains(train_here: Train, tmp_p
         train_here(*options, "callbacks=metrics", run="metrics")
 
 
-def test_metrics_are_of_the_validation_captions(train_captions: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_of_the_validation_captions(
+    train_here: Train, captions_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(shutil.copytree(captions_root / "captioned", tmp_path / "set"))  # features are stored beside it
     from mvsplit.training.module import FlowModule
 
     drawn: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -243,7 +246,7 @@ def test_metrics_are_of_the_validation_captions(train_captions: Train, monkeypat
 
     monkeypatch.setattr(FlowModule, "sample", recorded)
     options = ["callbacks.metrics.num_samples=20", "callbacks.metrics.batch_size=10", "data.text=fixed"]
-    metrics, objects = train_captions("callbacks=metrics", "callbacks.sample_grid=null", *options)
+    metrics, objects = train_here(*train_on_captions(own), "callbacks=metrics", "callbacks.sample_grid=null", *options)
     assert metrics["sample/fid"] > 0
     assert "sample/recognised" not in metrics  # a caption is no class
     reader = objects["datamodule"].reader("val", text=True)

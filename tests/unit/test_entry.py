@@ -48,7 +48,7 @@ def children_cpu_s() -> float:
         (["sample.py", "count=0"], 2, "count = 0: must be greater than 0", 2.5),
         (["eval.py", "weights=best"], 2, "weights = 'best': must be 'ema' or 'raw'", 2.5),
         (["convert.py", "dtype=int8"], 2, "dtype = 'int8': must be", 2.5),
-        (["encode.py", "kind=video"], 2, "kind = 'video': must be 'images' or 'latents'", 2.5),
+        (["encode.py", "kind=video"], 2, "kind = 'video': must be 'images', 'latents' or 'text'", 2.5),
         (["bench.py", "depth", "rouns=3"], 2, "rouns: unknown key; did you mean rounds?", 2.5),
         (["ablate.py", "sedes=[0]"], 2, "sedes: unknown key; did you mean seeds?", 2.5),
         (["study.py", "depth", "depht=[4]"], 2, "depht: unknown key; did you mean depths?", 2.5),

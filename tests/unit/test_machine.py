@@ -65,7 +65,7 @@ def test_building_the_network_keeps_the_generators_of_the_device_in_use(
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append(str(device)))
     module: Any = build(to_plain(config())["module"])
     if device is not None:
-        module._trainer = SimpleNamespace(strategy=SingleDeviceStrategy(device))
+        module._trainer = SimpleNamespace(strategy=SingleDeviceStrategy(device), datamodule=None)
     before = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "CUDA reports that you have 8 available devices"

@@ -36,13 +36,17 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_conditions(saved: SavedRun, classes: Sequence[int] | None, prompts: object) -> None:
-    """Raises `UserError` for classes that the network was not trained on, or prompts where it needs classes."""
+def check_conditions(saved: SavedRun, classes: Sequence[int] | None, prompts: object, advice: str = "") -> None:
+    """Raises `UserError` for classes that the network was not trained on, or prompts where it needs classes.
+
+    `advice` ends the line for missing prompts.
+    """
     captions = getattr(saved.network, "embedding_width", None) is not None
     if captions and classes is not None:
         raise UserError(f"classes = {list(classes)}: the network was trained on captions, not classes; use prompts=[…]")
     if captions and prompts is None:
-        raise UserError("prompts = null: the network was trained on captions; use prompts=[…] or prompts=file.txt")
+        need = "prompts = null: the network was trained on captions; use prompts=[…] or prompts=file.txt"
+        raise UserError(need + advice)
     if not captions and prompts is not None:
         raise UserError("prompts: the network was trained on classes, not captions; use classes=[…]")
     if captions or classes is None:
