@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import compose_config, convert_here
 from omegaconf import DictConfig
 from PIL import Image
 from random_weights import random_run
@@ -20,6 +21,7 @@ from small_qwen3 import save_qwen3
 from torch import Tensor
 
 import mvsplit
+import sample
 from mvsplit.data.text_encoder import TextEncoder
 from mvsplit.evaluation.prompts import Prompts, read_prompts
 from mvsplit.flow.sampler import Sampler, sample_noise
@@ -56,6 +58,12 @@ def loaded(run: Path) -> Any:
 
 def encoder(path: Path, **options: Any) -> TextEncoder:
     return TextEncoder(str(path), dtype="float32", **options)
+
+
+def sample_here(tmp_path: Path, *overrides: str) -> None:
+    """`sample.py` in this process."""
+    paths = [f"paths.data_dir={tmp_path}", f"paths.log_dir={tmp_path}/logs", f"paths.output_dir={tmp_path}/out"]
+    sample.sample(compose_config(*paths, *overrides, name="sample.yaml"))
 
 
 def guided_euler(network: Any, states: Tensor, null: Tensor, noise: Tensor, shift: float) -> Tensor:
@@ -195,16 +203,15 @@ def test_the_command_writes_each_prompt_into_its_picture(
     assert [Image.open(path).text["prompt"] for path in pictures] == ["a corgi in the snow", "ein Käfer"]  # type: ignore[attr-defined]
 
     made = tmp_path / "set"
-    done = run_script("sample.py", *common, "sampler.steps=2", "num_samples=5", "batch_size=2", f"output={made}")
-    assert done.returncode == 0, done.stderr
+    sample_here(tmp_path, *common, "sampler.steps=2", "num_samples=5", "batch_size=2", f"output={made}")
+    assert json.loads((made / "prompts.json").read_text()) == ["a corgi in the snow", "ein Käfer"]
     settings = json.loads((made / "settings.json").read_text())["prompts"]
     assert (settings["count"], settings["encoder"]["padding"]) == (2, "longest")
     last = made / "png" / "000004_prompt_0.png"
     assert Image.open(last).text["prompt"] == "a corgi in the snow"  # type: ignore[attr-defined]
 
-    refused = run_script("sample.py", f"ckpt_path={run}", "classes=[3]")
-    assert refused.returncode == 2
-    assert "classes = [3]: the network was trained on captions, not classes; use prompts=[…]" in refused.stderr
+    with pytest.raises(UserError, match=r"^classes = \[3\]: the network was trained on captions, not classes; use"):
+        sample_here(tmp_path, f"ckpt_path={run}", "classes=[3]")
 
 
 def test_the_lines_for_a_notebook(
@@ -244,22 +251,21 @@ def test_the_lines_of_a_model_card(
 
 
 @torch.no_grad()
-def test_a_release_draws_as_its_code_does(qwen3: Path, tmp_path: Path, run_script: Callable[..., Any]) -> None:
+def test_a_release_draws_as_its_code_does(qwen3: Path, tmp_path: Path) -> None:
     """From released weights and prompts to decoded pictures, beside transformers and diffusers themselves."""
     torch.manual_seed(1)
     theirs = ReferenceDiT(depth=4, channels=12, text=32).eval()
     save_release(tmp_path / "model.pt", theirs)
     vae = saved_autoencoder(tmp_path / "vae" / "vae", "AutoencoderKLFlux2")
     file = tmp_path / "weights.safetensors"
-    done = run_script("convert.py", f"release={tmp_path}/model.pt", "num_heads=2", f"output={file}")
-    assert done.returncode == 0, done.stderr
+    given = [f"release={tmp_path}/model.pt", "num_heads=2", f"output={file}", f"paths.output_dir={tmp_path}"]
+    convert_here(*given)
     prompts = "[" + ",".join(f'"{prompt}"' for prompt in PROMPTS) + "]"
-    done = run_script(
-        "sample.py", f"ckpt_path={file}", "protocol=released", f"prompts={prompts}", "image_size=[8,8]",
+    sample_here(
+        tmp_path, f"ckpt_path={file}", "protocol=released", f"prompts={prompts}", "image_size=[8,8]",
         "sampler.steps=5", "precision=float32", f"text_encoder.path={qwen3}", "text_encoder.dtype=float32",
-        f"autoencoder.path={tmp_path}/vae", f"paths.output_dir={tmp_path}/out",
+        f"autoencoder.path={tmp_path}/vae",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
     states, null = encoder(qwen3).with_null(PROMPTS)
     x = euler(theirs, sample_noise(0, torch.arange(3), (12, 8, 8)), states, null, 2.0, 5)
