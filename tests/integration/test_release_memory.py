@@ -14,7 +14,7 @@ GB = 10**9
 MEASURED = """
 import json, sys, time
 from pathlib import Path
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = sys.argv[1:4]
 import torch
 import convert
 from conftest import convert_here
@@ -34,10 +34,10 @@ def measured(name, work):
 def run(*overrides):
     return convert_here("paths.output_dir=/x", *overrides)
 
-folder, networks = Path(sys.argv[3]), []
+folder, networks = Path(sys.argv[4]), []
 run(f"release={folder}/small.pt", "num_heads=2", f"output={folder}/small.safetensors")  # imports what is needed
 SavedRun(folder / "small.safetensors", "ema")
-for work in sys.argv[4:]:
+for work in sys.argv[5:]:
     if work == "convert":
         measured(work, lambda: run(f"release={folder}/model.pt", f"output={folder}/model.safetensors"))
     elif work == "load":
@@ -60,7 +60,7 @@ for work in sys.argv[4:]:
 def measure(folder: Path, *work: str) -> dict[str, dict[str, float]]:
     """Peak memory in bytes beyond what the process had before, and seconds, of each piece of work."""
     save_release(folder / "small.pt", ReferenceDiT(depth=1))
-    command = [sys.executable, "-c", MEASURED, str(SRC), str(SUPPORT.parent), str(folder), *work]
+    command = [sys.executable, "-c", MEASURED, str(SRC), str(SUPPORT.parent), str(SUPPORT), str(folder), *work]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]

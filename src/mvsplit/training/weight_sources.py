@@ -94,7 +94,8 @@ def _open_file(path: Path, weights: str) -> Source:
         with path.open("rb") as raw:
             if raw.read(4) == b"PK\x03\x04":
                 raise UserError(
-                    f"ckpt_path = {path}: a file of torch.save; src/convert.py release=… reads released weights"
+                    f"ckpt_path = {path}: not a checkpoint of this project, but a file of torch.save; src/convert.py"
+                    " release=… reads released weights"
                 )
         file = SafetensorsFile(path)
         about = file.metadata
