@@ -97,7 +97,10 @@ def test_patches_that_do_not_divide_the_usual_size_are_loaded(tmp_path: Path, pa
 
 def test_a_release_is_no_checkpoint(tmp_path: Path) -> None:
     save_release(tmp_path / "model.pt", reference(depth=1))
-    with pytest.raises(UserError, match=r"^ckpt_path = .*: a file of torch\.save; src/convert\.py release=… reads"):
+    with pytest.raises(
+        UserError,
+        match=r"^ckpt_path = .*: not a checkpoint of this project, but a file of torch\.save; src/convert\.py release=… reads",
+    ):
         SavedRun(tmp_path / "model.pt", "ema")
 
 
