@@ -99,7 +99,7 @@ def test_a_release_is_no_checkpoint(tmp_path: Path) -> None:
     save_release(tmp_path / "model.pt", reference(depth=1))
     with pytest.raises(
         UserError,
-        match=r"^ckpt_path = .*: not a checkpoint of this project, but a file of torch\.save; src/convert\.py release=… reads",
+        match=r"^ckpt_path = .*: not a checkpoint of this project, but a file of torch\.save; src/convert\.py release=",
     ):
         SavedRun(tmp_path / "model.pt", "ema")
 
