@@ -11,7 +11,7 @@ to S_max. Beside the shards, `null.safetensors` contains `embeddings` (S_max, W)
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors.torch
 import torch
@@ -28,8 +28,8 @@ NULL = "null.safetensors"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 HEADER = 4096
 """Largest size of the names and shapes in a member, in bytes."""
-MAX_IDENTITY = 1 << 14
-"""Largest identity of an encoder that a checkpoint takes along, in bytes of JSON."""
+MAX_IDENTITY = 9_900
+"""Largest identity of an encoder that a checkpoint takes along, in characters of JSON."""
 MAX_LEVELS = 4
 """How deep its lists and dictionaries may be nested; ours has one level."""
 PLACES = ("path", "revision")
@@ -70,9 +70,7 @@ class CaptionStates:
         fields = ("encoder", "tokens", "width", "dtype")
         encoder, tokens, width, dtype = map(record.get, fields) if isinstance(record, dict) else ("", 0, 0, "")
         invalid = UserError(f"data.folder = {folder}: what its manifest records of the captions' states is not valid")
-        if not isinstance(encoder, dict) or not is_shallow(encoder, MAX_LEVELS) or not isinstance(dtype, str):
-            raise invalid
-        if len(json.dumps(encoder)) > MAX_IDENTITY:
+        if not is_identity(encoder) or not isinstance(dtype, str):
             raise invalid
         if type(tokens) is not int or type(width) is not int or dtype not in DTYPES:
             raise invalid
@@ -141,6 +139,12 @@ class CaptionStates:
     def plain(self) -> dict[str, Any]:
         """What a network trained on these captions depends on, for a checkpoint."""
         return {"encoder": self.encoder, "padding": self.padding}
+
+
+def is_identity(encoder: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether this, from elsewhere, can be the identity of a text encoder."""
+    credible = isinstance(encoder, dict) and is_shallow(encoder, MAX_LEVELS)
+    return credible and len(json.dumps(encoder)) <= MAX_IDENTITY
 
 
 def cut_to_longest(samples: list[dict[str, Any]]) -> None:

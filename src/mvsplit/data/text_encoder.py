@@ -8,6 +8,7 @@ padded to 256 tokens begin with those of the same caption padded to 40: stored s
 
 import hashlib
 import json
+from functools import cached_property
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -102,8 +103,15 @@ class TextEncoder(nn.Module):
         self.settings = {"path": path, "revision": revision, "max_tokens": max_tokens, "dtype": dtype}
 
     @torch.no_grad()
-    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, captions: list[str], padding: Padding | None = None, batch_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode captions together.
+
+        Args:
+            captions: texts.
+            padding: instead of the encoder's own.
+            batch_size: likewise.
 
         Returns:
             States (B, S, W) in the weights' dtype and on their device, and the number of tokens of each caption that
@@ -112,7 +120,7 @@ class TextEncoder(nn.Module):
         device = self.model.device
         encoded = self.tokenizer(
             captions,
-            padding="longest" if self.padding == "longest" else "max_length",
+            padding="longest" if (padding or self.padding) == "longest" else "max_length",
             truncation=True,
             max_length=self.max_tokens,
             return_tensors="np",
@@ -121,7 +129,7 @@ class TextEncoder(nn.Module):
         mask = torch.from_numpy(encoded["attention_mask"]).long().reshape(len(captions), -1)
         states = torch.zeros(*tokens.shape, self.width, dtype=self.model.dtype, device=device)
         if tokens.shape[1]:  # all captions may be empty
-            for part in torch.arange(len(captions)).split(self.batch_size):
+            for part in torch.arange(len(captions)).split(batch_size or self.batch_size):
                 found = self.model(input_ids=tokens[part].to(device), attention_mask=mask[part].to(device))
                 states[part] = found.last_hidden_state
         return states, mask.sum(1)
@@ -131,15 +139,20 @@ class TextEncoder(nn.Module):
         states, _ = self.encode([*captions, ""])
         return states[:-1], states[-1]
 
-    def identity(self) -> dict[str, Any]:
-        """Everything that a caption's states depend on, as plain values, for a manifest."""
+    @cached_property
+    def _digest(self) -> str:
+        """Of all weights, and of what is computed with them: a second for the published ones."""
         tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
         tokenizer |= {"truncation": None, "padding": None}  # those of the last call
         computed = [_computation(self.model.config), self.tokenizer.pad_token_id]
         digest = hashlib.sha256(json.dumps([tokenizer, computed], sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return {"name": "Qwen3", **self.settings, "width": self.width, "weights": digest.hexdigest()[:16]}
+        return digest.hexdigest()[:16]
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that a caption's states depend on, as plain values, for a manifest."""
+        return {"name": "Qwen3", **self.settings, "width": self.width, "weights": self._digest}
 
 
 def _check_place(path: str) -> None:

@@ -71,8 +71,7 @@ def copied_with_states(
         copies.append((number, members))
         captions.append(caption)
     if captions:
-        encoder.padding, encoder.batch_size = "fixed", len(captions)
-        states, counts = encoder.encode(captions)
+        states, counts = encoder.encode(captions, "fixed", len(captions))
         _check_finite(states)
         for (_, members), part, count in zip(copies, states.cpu(), counts, strict=True):
             members["text.safetensors"] = safetensors.torch.save({"states": part.contiguous(), "num_tokens": count})
@@ -105,11 +104,10 @@ def _copy(reader: ShardReader, number: int) -> tuple[dict[str, bytes], str]:
 
 def write_null(folder: Path, encoder: TextEncoder) -> None:
     """Write the empty caption's states beside the shards."""
-    encoder.padding = "fixed"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the shards were encoded
     try:
-        states, _ = encoder.encode([""])
+        states, _ = encoder.encode([""], "fixed")
     finally:
         torch.set_num_threads(threads)
     _check_finite(states)
@@ -148,8 +146,7 @@ def write_table(encoder: TextEncoder, settings: Settings) -> list[int]:
     captions = _read_captions(Path(settings.captions))
     if (len(captions) + 1) * encoder.max_tokens * encoder.width * encoder.model.dtype.itemsize > MAX_TABLE:
         raise UserError(f"captions = {settings.captions}: {len(captions)} captions would take over {MAX_TABLE} bytes")
-    encoder.padding, encoder.batch_size = "longest", settings.batch_size
-    states, _ = encoder.encode([*captions, ""])
+    states, _ = encoder.encode([*captions, ""], "longest", settings.batch_size)
     _check_finite(states)
     about = {"encoder": json.dumps(encoder.identity()), "captions": str(len(captions))}
     output.parent.mkdir(parents=True, exist_ok=True)

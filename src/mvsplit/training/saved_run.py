@@ -1,17 +1,18 @@
 """A trained network, rebuilt from a checkpoint or a converted file without trusting either."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from mvsplit.data.captions import is_identity
 from mvsplit.data.latent_space import LatentSpace
+from mvsplit.data.text_encoder import Padding
 from mvsplit.flow.objective import Flow
 from mvsplit.training.checkpoints import check_fits
 from mvsplit.training.saved_config import check_generates, check_saved_config, portable
@@ -21,10 +22,7 @@ from mvsplit.utils.errors import UserError
 
 OURS = ("mvsplit.models.dit.DiT", "mvsplit.models.sit.SiT")
 """Networks whose `compile` and `kernels` may be `auto`."""
-Precision = Literal["float32", "bfloat16", "float16"]
-PADDINGS = ("longest", "fixed")
-MAX_TEXT = 10_000
-"""Largest credible record of a text encoder, in characters."""
+WeightType = Literal["float32", "bfloat16", "float16"]
 
 
 @contextmanager
@@ -84,7 +82,7 @@ class SavedRun:
         UserError: if something is missing, damaged or does not fit.
     """
 
-    def __init__(self, path: Path, weights: Literal["ema", "raw"], precision: Precision = "float32") -> None:
+    def __init__(self, path: Path, weights: Literal["ema", "raw"], precision: WeightType = "float32") -> None:
         source = open_source(path, weights)
         self.path, self.step, self.run_config = path.resolve(), source.step, source.config
         self.config = portable(source.config)
@@ -151,11 +149,7 @@ def _text_of(content: Any, path: Path) -> dict[str, Any] | None:
     """
     if content is None:
         return None
-    if (
-        not isinstance(content, dict)
-        or not isinstance(content.get("encoder"), dict)
-        or content.get("padding") not in PADDINGS
-        or len(json.dumps(content)) > MAX_TEXT
-    ):
+    valid = isinstance(content, dict) and content.get("padding") in get_args(Padding)
+    if not valid or not is_identity(content.get("encoder")):
         raise UserError(f"ckpt_path = {path}: its record of the text encoder is not valid")
     return {"encoder": content["encoder"], "padding": content["padding"]}
